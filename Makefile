@@ -1,0 +1,50 @@
+# make results: everything, from an empty folder to results/results.md. make test: the suite. make check: linters.
+
+PYTHON ?= python3.11
+VENV ?= .venv
+# A machine with an NVIDIA driver gets the GPU environment.
+ENVIRONMENT ?= $(if $(shell command -v nvidia-smi 2>/dev/null),gpu,cpu)
+SNAKEMAKE_ARGUMENTS ?=
+
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+INSTALL = $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet --no-deps
+
+.PHONY: results test check format generate clean-environment
+
+results: $(VENV)/installed
+	snakemake --cores all $(SNAKEMAKE_ARGUMENTS)
+	@echo "Done: read results/results.md"
+
+test: $(VENV)/installed-test
+	python -m pytest $(PYTEST_ARGUMENTS)
+
+check: $(VENV)/installed-test
+	ruff check .
+	ruff format --check .
+	snakefmt --check Snakefile rules
+	mypy
+	lint-imports
+	snakemake --lint
+
+format: $(VENV)/installed-test
+	ruff check --fix .
+	ruff format .
+	snakefmt Snakefile rules
+
+# Remake config/config.yaml, its schema and docs/configuration.md from the models in the code.
+generate: $(VENV)/installed
+	python -m stillhouse.studies.documents
+
+$(VENV)/installed: envs/$(ENVIRONMENT).txt pyproject.toml
+	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing the pinned environment envs/$(ENVIRONMENT).txt into $(VENV) (about 3 GB, a few minutes)"
+	$(INSTALL) -r envs/$(ENVIRONMENT).txt
+	$(INSTALL) --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/installed-test: $(VENV)/installed envs/test.txt
+	$(INSTALL) -r envs/test.txt
+	@touch $@
+
+clean-environment:
+	rm -rf $(VENV)

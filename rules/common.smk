@@ -1,0 +1,63 @@
+# What every rules file uses: the validated configuration, params that track settings and code, the launch of steps.
+
+import re
+from pathlib import Path
+
+from snakemake.exceptions import WorkflowError
+
+from stillhouse.runtime.code_digests import code_digests
+from stillhouse.runtime.commands import dotted_arguments
+from stillhouse.runtime.errors import ConfigurationError
+from stillhouse.studies.configuration import load_configuration
+
+
+def configuration():
+    """The validated configuration; a fault in it ends the workflow with one line, before any work starts."""
+    try:
+        files = [Path(path) for path in workflow.configfiles]
+        return load_configuration(config, files, workflow.overwrite_config)
+    except ConfigurationError as error:
+        raise WorkflowError(f"configuration: {error}") from None
+
+
+CONFIGURATION = configuration()
+RESOURCES = CONFIGURATION.resources
+
+
+def alternatives(names):
+    """A wildcard constraint that admits exactly `names`."""
+    return "|".join(re.escape(name) for name in sorted(names))
+
+
+def settings(**leaves):
+    """The settings that a step reads, as sorted `key=value` strings: its command line, and what makes it stale."""
+    plain = {
+        name: leaf.model_dump(mode="json") if hasattr(leaf, "model_dump") else leaf
+        for name, leaf in leaves.items()
+    }
+    return dotted_arguments(plain)
+
+
+def named_inputs(wildcards, input):
+    """The rule's inputs as `name=path` arguments of its step; lists become `name=[path,path]`."""
+    return [
+        f"{name}=[{','.join(paths)}]" if isinstance(paths, list) else f"{name}={paths}"
+        for name, paths in ((name, _plain(input.get(name))) for name in input.keys())
+    ]
+
+
+def _plain(paths):
+    return str(paths) if isinstance(paths, str) else [str(path) for path in paths]
+
+
+def study_targets(kind):
+    """The named targets of every study that is switched on; each study's rules file defines `<STUDY>_TARGETS`."""
+    return [
+        path
+        for study in CONFIGURATION.studies
+        for path in globals()[f"{study.upper()}_TARGETS"][kind]
+    ]
+
+
+# A step that may use GPUs runs under the lease, which hands out devices and starts accelerate where there are several.
+LEASE = "python workflow_scripts/gpu_lease.py"

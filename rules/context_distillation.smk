@@ -1,0 +1,301 @@
+# Needs: resources/models, resources/datasets. Makes: results/context_distillation/, its figures and its tables.
+
+CONTEXT = CONFIGURATION.context_distillation
+CONTEXT_RESULTS = "results/context_distillation"
+CONTEXT_FIGURES = ("summary", "checkpoint_curve", "ablation_curve", "ablation_bars", "loss")
+CONTEXT_DATA = f"{CONTEXT_RESULTS}/data/{CONTEXT.task.dataset}"
+CONTEXT_STUDENTS = [
+    f"{CONTEXT_RESULTS}/{{model}}/students/{condition}/seed_{seed}"
+    for condition in CONTEXT.trained_conditions
+    for seed in CONTEXT.seeds
+]
+CONTEXT_EVALUATION = f"{CONTEXT_RESULTS}/{{model}}/evaluation"
+
+CONTEXT_EVALUATIONS = expand(
+    [f"{CONTEXT_EVALUATION}/results.json", f"{CONTEXT_EVALUATION}/items.parquet"], model=CONTEXT.models
+)
+
+CONTEXT_DISTILLATION_TARGETS = {
+    "data": [CONTEXT_DATA],
+    "students": expand(CONTEXT_STUDENTS, model=CONTEXT.models),
+    "evaluations": expand(f"{CONTEXT_EVALUATION}/results.json", model=CONTEXT.models),
+    "figures": expand("results/figures/context_distillation/{figure}.png", figure=CONTEXT_FIGURES),
+    "section": ["results/context_distillation/section.md"],
+    "records": [
+        *expand("resources/models/{model}", model=CONTEXT.models),
+        *[
+            f"{CONTEXT_RESULTS}/{model}/teacher_cache/{cache}"
+            for model in CONTEXT.models
+            for cache in CONTEXT.caches(model)
+        ],
+        *expand(CONTEXT_STUDENTS, model=CONTEXT.models),
+        *expand(f"{CONTEXT_EVALUATION}/run.json", model=CONTEXT.models),
+    ],
+}
+
+
+def context_split_settings(wildcards):
+    task = CONTEXT.task
+    return settings(
+        split_seed=task.split_seed,
+        splits={"train": task.train, "validation": task.validation, "test": task.test},
+    )
+
+
+def context_cache_inputs(wildcards):
+    """What a teacher cache reads: the teaching model, its task LoRA where asked, the student's tokenizer, the data."""
+    cache = CONTEXT.caches(wildcards.model)[wildcards.cache]
+    inputs = {
+        "data": CONTEXT_DATA,
+        "student": f"resources/models/{wildcards.model}",
+        "teacher": f"resources/models/{cache.model or wildcards.model}",
+    }
+    if cache.adapter:
+        inputs["adapter"] = f"{CONTEXT_RESULTS}/{wildcards.model}/task_teacher"
+    return inputs
+
+
+def context_cache_settings(wildcards):
+    cache = CONTEXT.caches(wildcards.model)[wildcards.cache]
+    entry = CONFIGURATION.models[cache.model or wildcards.model]
+    return settings(cache=cache, trust_remote_code=entry.trust_remote_code)
+
+
+def context_train_inputs(wildcards):
+    """What a student reads: its model, the data, and the cached targets of its teacher."""
+    run = CONTEXT.run_settings(wildcards.model, wildcards.condition)
+    inputs = {"model": f"resources/models/{wildcards.model}", "data": CONTEXT_DATA}
+    if run.cache:
+        inputs["cache"] = f"{CONTEXT_RESULTS}/{wildcards.model}/teacher_cache/{run.cache.name}"
+    return inputs
+
+
+def context_train_settings(wildcards):
+    return settings(
+        condition=wildcards.condition,
+        seed=int(wildcards.seed),
+        run=CONTEXT.run_settings(wildcards.model, wildcards.condition),
+        tracking=CONFIGURATION.tracking,
+        trust_remote_code=CONFIGURATION.models[wildcards.model].trust_remote_code,
+    )
+
+
+def context_task_teacher_settings(wildcards):
+    return settings(
+        condition="task_teacher",
+        seed=CONTEXT.seeds[0],
+        run=CONTEXT.task_teacher_settings(wildcards.model),
+        tracking=CONFIGURATION.tracking,
+        trust_remote_code=CONFIGURATION.models[wildcards.model].trust_remote_code,
+    )
+
+
+def context_evaluate_settings(wildcards):
+    entry = CONFIGURATION.models[wildcards.model]
+    return settings(
+        model_name=wildcards.model,
+        model_note=entry.note,
+        dataset=CONTEXT.task.dataset,
+        dataset_note=CONFIGURATION.datasets[CONTEXT.task.dataset].note,
+        conditions=CONTEXT.conditions,
+        prompt_format=CONTEXT.evaluation_format(wildcards.model),
+        evaluation=CONTEXT.evaluation,
+        served_by_vllm=entry.vllm,
+        trust_remote_code=entry.trust_remote_code,
+    )
+
+
+def context_figure_inputs(wildcards):
+    """What a figure reads: the evaluations, and for the loss the students' training curves."""
+    inputs = {"evaluations": expand(CONTEXT_EVALUATION, model=CONTEXT.models)}
+    if wildcards.figure == "loss":
+        inputs = {"students": expand(CONTEXT_STUDENTS, model=CONTEXT.models)}
+    return inputs
+
+
+def context_figure_code(wildcards):
+    return code_digests(f"stillhouse.studies.context_distillation.figures.{wildcards.figure}")
+
+
+rule context_distillation_split:
+    """Divide the data set into train, validation and test by seed."""
+    input:
+        dataset="resources/datasets/{dataset}",
+    output:
+        directory(f"{CONTEXT_RESULTS}/data/{{dataset}}"),
+    log:
+        "logs/context_distillation/split/{dataset}.log",
+    benchmark:
+        "logs/benchmarks/context_distillation/split/{dataset}.jsonl"
+    params:
+        inputs=named_inputs,
+        settings=context_split_settings,
+        code=code_digests("stillhouse.data.split"),
+    threads: 1
+    resources:
+        mem_mb=2000,
+        runtime=10,
+    shell:
+        "python -m stillhouse.data.split {params.inputs:q} output={output:q} "
+        "{params.settings:q} 2>&1 | tee {log:q}"
+
+
+rule context_distillation_task_teacher:
+    """Train the LoRA that condition lora_teacher teaches with on the task itself."""
+    input:
+        model="resources/models/{model}",
+        data=CONTEXT_DATA,
+    output:
+        directory(f"{CONTEXT_RESULTS}/{{model}}/task_teacher"),
+    log:
+        "logs/context_distillation/{model}/task_teacher.log",
+    benchmark:
+        "logs/benchmarks/context_distillation/{model}/task_teacher.jsonl"
+    params:
+        inputs=named_inputs,
+        settings=context_task_teacher_settings,
+        code=code_digests("stillhouse.studies.context_distillation.train"),
+    threads: RESOURCES.training.threads
+    resources:
+        gpu=RESOURCES.training.gpus,
+        mem_mb=RESOURCES.training.memory_mb,
+        runtime=RESOURCES.training.runtime_minutes,
+    shell:
+        f"{LEASE} --at-most --distributed {{resources.gpu}} -- "
+        "python -m stillhouse.studies.context_distillation.train {params.inputs:q} output={output:q} "
+        "work=work/context_distillation/{wildcards.model}/task_teacher "
+        "{params.settings:q} 2>&1 | tee {log:q}"
+
+
+rule context_distillation_teacher_cache:
+    """Compute a teacher's targets once, for every condition, sweep point and seed that shares them."""
+    input:
+        unpack(context_cache_inputs),
+    output:
+        directory(f"{CONTEXT_RESULTS}/{{model}}/teacher_cache/{{cache}}"),
+    log:
+        "logs/context_distillation/{model}/teacher_cache/{cache}.log",
+    benchmark:
+        "logs/benchmarks/context_distillation/{model}/teacher_cache/{cache}.jsonl"
+    params:
+        inputs=named_inputs,
+        settings=context_cache_settings,
+        code=code_digests("stillhouse.studies.context_distillation.teacher"),
+    threads: RESOURCES.teacher_cache.threads
+    resources:
+        gpu=1,
+        mem_mb=RESOURCES.teacher_cache.memory_mb,
+        runtime=RESOURCES.teacher_cache.runtime_minutes,
+    shell:
+        f"{LEASE} --at-most {{resources.gpu}} -- "
+        "python -m stillhouse.studies.context_distillation.teacher {params.inputs:q} output={output:q} "
+        "work=work/context_distillation/{wildcards.model}/teacher_cache/{wildcards.cache} "
+        "{params.settings:q} 2>&1 | tee {log:q}"
+
+
+rule context_distillation_train:
+    """Train one student; its condition decides what is distilled into it."""
+    input:
+        unpack(context_train_inputs),
+    output:
+        directory(f"{CONTEXT_RESULTS}/{{model}}/students/{{condition}}/seed_{{seed}}"),
+    log:
+        "logs/context_distillation/{model}/students/{condition}/seed_{seed}.log",
+    benchmark:
+        "logs/benchmarks/context_distillation/{model}/students/{condition}/seed_{seed}.jsonl"
+    params:
+        inputs=named_inputs,
+        settings=context_train_settings,
+        code=code_digests("stillhouse.studies.context_distillation.train"),
+    threads: RESOURCES.training.threads
+    resources:
+        gpu=RESOURCES.training.gpus,
+        mem_mb=RESOURCES.training.memory_mb,
+        runtime=RESOURCES.training.runtime_minutes,
+    shell:
+        f"{LEASE} --at-most --distributed {{resources.gpu}} -- "
+        "python -m stillhouse.studies.context_distillation.train {params.inputs:q} output={output:q} "
+        "work=work/context_distillation/{wildcards.model}/students/{wildcards.condition}/seed_{wildcards.seed} "
+        "{params.settings:q} 2>&1 | tee {log:q}"
+
+
+rule context_distillation_evaluate:
+    """Score every condition and checkpoint of a model in one engine; only what is new is computed."""
+    input:
+        model="resources/models/{model}",
+        data=CONTEXT_DATA,
+        students=CONTEXT_STUDENTS,
+    output:
+        results=f"{CONTEXT_EVALUATION}/results.json",
+        items=f"{CONTEXT_EVALUATION}/items.parquet",
+        record=f"{CONTEXT_EVALUATION}/run.json",
+    log:
+        "logs/context_distillation/{model}/evaluation.log",
+    benchmark:
+        "logs/benchmarks/context_distillation/{model}/evaluation.jsonl"
+    params:
+        inputs=named_inputs,
+        settings=context_evaluate_settings,
+        code=code_digests("stillhouse.studies.context_distillation.evaluate"),
+    threads: RESOURCES.evaluation.threads
+    resources:
+        gpu=RESOURCES.evaluation.gpus,
+        mem_mb=RESOURCES.evaluation.memory_mb,
+        runtime=RESOURCES.evaluation.runtime_minutes,
+    shell:
+        f"{LEASE} --at-most {{resources.gpu}} -- "
+        "python -m stillhouse.studies.context_distillation.evaluate {params.inputs:q} results={output.results:q} items={output.items:q} record={output.record:q} "
+        "work=work/context_distillation/{wildcards.model}/evaluation "
+        "{params.settings:q} 2>&1 | tee {log:q}"
+
+
+rule context_distillation_figure:
+    """Draw one figure of the study."""
+    input:
+        unpack(context_figure_inputs),
+    output:
+        png=report(
+            "results/figures/context_distillation/{figure}.png",
+            caption="../docs/captions/context_distillation/{figure}.rst",
+            category="Context distillation",
+            labels={"figure": "{figure}"},
+        ),
+        svg="results/figures/context_distillation/{figure}.svg",
+    log:
+        "logs/context_distillation/figures/{figure}.log",
+    benchmark:
+        "logs/benchmarks/context_distillation/figures/{figure}.jsonl"
+    params:
+        inputs=named_inputs,
+        code=context_figure_code,
+    threads: 1
+    resources:
+        mem_mb=2000,
+        runtime=10,
+    shell:
+        "python -m stillhouse.studies.context_distillation.figures.{wildcards.figure} {params.inputs:q} output={output.png:q} "
+        "2>&1 | tee {log:q}"
+
+
+rule context_distillation_report:
+    """Make the study's tables (CSV and LaTeX) and its section of results.md."""
+    input:
+        evaluations=expand(f"{CONTEXT_EVALUATION}/results.json", model=CONTEXT.models),
+        items=expand(f"{CONTEXT_EVALUATION}/items.parquet", model=CONTEXT.models),
+    output:
+        section="results/context_distillation/section.md",
+        tables=directory("results/tables/context_distillation"),
+    log:
+        "logs/context_distillation/report.log",
+    benchmark:
+        "logs/benchmarks/context_distillation/report.jsonl"
+    params:
+        inputs=named_inputs,
+        code=code_digests("stillhouse.studies.context_distillation.report"),
+    threads: 1
+    resources:
+        mem_mb=2000,
+        runtime=10,
+    shell:
+        "python -m stillhouse.studies.context_distillation.report {params.inputs:q} section={output.section:q} tables={output.tables:q} "
+        "2>&1 | tee {log:q}"

@@ -1,0 +1,1 @@
+"""The shared models of the configuration and how its layers are merged; imports no torch."""

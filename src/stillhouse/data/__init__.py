@@ -1,0 +1,1 @@
+"""Readers of normalised task records, prompts and chat templates, collation and packing."""

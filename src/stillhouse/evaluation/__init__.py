@@ -1,0 +1,1 @@
+"""Evaluation: generation engines, scorers, the gold answer's likelihood, the statistics of comparisons."""

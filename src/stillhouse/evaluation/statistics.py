@@ -1,0 +1,208 @@
+"""Intervals and paired tests for per-item scores: every reported number comes with its n and its interval.
+
+Items are the unit of sampling: intervals say what another draw of test items would give. Paired forms resample
+the two systems' answers to the same item together. Imports numpy and scipy only: figures and tables may use it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+
+Floats = NDArray[np.float64]
+
+_CHUNK_DRAWS = 4_000_000  # indices drawn at a time: bounds memory at about 64 MB whatever the number of items
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value with its confidence interval `[low, high]` and the number of items behind it."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+@dataclass(frozen=True)
+class PairedComparison:
+    """The difference a - b on the same items, its interval, and the two-sided p of no difference."""
+
+    difference: float
+    low: float
+    high: float
+    p_value: float
+    n: int
+
+
+@dataclass(frozen=True)
+class McNemarResult:
+    """Two systems' right and wrong answers to the same n items; `p_value` is exact and two-sided."""
+
+    both: int
+    only_a: int
+    only_b: int
+    neither: int
+    p_value: float
+
+    @property
+    def n(self) -> int:
+        """Number of items."""
+        return self.both + self.only_a + self.only_b + self.neither
+
+
+def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> Estimate:
+    """Proportion with Wilson's score interval (1927): sound at 0, at 1 and for small n, unlike the bootstrap."""
+    if not 0 <= successes <= n or n == 0:
+        raise ValueError(f"{successes} successes of {n} items is no proportion")
+    interval = stats.binomtest(successes, n).proportion_ci(confidence, method="wilson")
+    return Estimate(successes / n, float(interval.low), float(interval.high), n)
+
+
+def bootstrap_mean_interval(
+    values: ArrayLike, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
+) -> Estimate:
+    """Mean over items with its percentile bootstrap interval (Efron 1979)."""
+    (items,) = _aligned(values)
+    return bootstrap_ratio_interval(items, np.ones_like(items), confidence, resamples, seed)
+
+
+def bootstrap_ratio_interval(
+    numerators: ArrayLike,
+    denominators: ArrayLike,
+    confidence: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> Estimate:
+    """`sum(numerators) / sum(denominators)`, such as nats per token, with its percentile bootstrap interval.
+
+    An item is drawn whole, its nats together with its tokens.
+    """
+    above, below = _aligned(numerators, denominators)
+    draws = _bootstrap(len(above), resamples, seed, lambda rows: _ratio(above[rows], below[rows]))
+    low, high = _percentiles(draws, confidence)
+    return Estimate(float(_ratio(above, below)), low, high, len(above))
+
+
+def mcnemar(a: Sequence[bool] | NDArray[Any], b: Sequence[bool] | NDArray[Any]) -> McNemarResult:
+    """McNemar's test (1947): of the items that one system alone gets right, does each get as many?
+
+    Exact: binomial with p = 1/2 over the discordant items; p_value is 1 where there are none.
+    """
+    first, second = (values.astype(bool) for values in _aligned(a, b))
+    only_a, only_b = int((first & ~second).sum()), int((second & ~first).sum())
+    p_value = float(stats.binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
+    return McNemarResult(int((first & second).sum()), only_a, only_b, int((~first & ~second).sum()), p_value)
+
+
+def paired_bootstrap(
+    a: ArrayLike, b: ArrayLike, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
+) -> PairedComparison:
+    """Difference of means a - b over the same items, resampled in pairs."""
+    ones = np.ones(np.shape(a))
+    return paired_bootstrap_ratio(a, ones, b, ones, confidence, resamples, seed)
+
+
+def paired_bootstrap_ratio(
+    a_numerators: ArrayLike,
+    a_denominators: ArrayLike,
+    b_numerators: ArrayLike,
+    b_denominators: ArrayLike,
+    confidence: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> PairedComparison:
+    """Difference of ratios of sums, a - b, over the same items: gold NLL per token of two conditions, say."""
+    a_above, a_below, b_above, b_below = _aligned(a_numerators, a_denominators, b_numerators, b_denominators)
+
+    def difference(rows: NDArray[np.intp] | slice) -> Floats:
+        return _ratio(a_above[rows], a_below[rows]) - _ratio(b_above[rows], b_below[rows])
+
+    draws = _bootstrap(len(a_above), resamples, seed, difference)
+    return _comparison(float(difference(slice(None))), draws, confidence, len(a_above))
+
+
+def paired_difference_over_seeds(
+    a: ArrayLike,
+    b: ArrayLike,
+    tokens: ArrayLike | None = None,
+    confidence: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> PairedComparison:
+    """Difference a - b of two recipes, each trained with the same seeds and scored on the same items.
+
+    `a` and `b` are [seeds, items]; `tokens` [items] turns sums into values per token. Seeds and items are both
+    resampled (a two-way bootstrap, Owen 2007): both are a sample of what the recipe could have met. With one
+    seed only items vary, as in `paired_bootstrap`; with two or three the seeds' part is a rough lower bound.
+    `n` counts items.
+    """
+    first, second = np.atleast_2d(np.asarray(a, float)), np.atleast_2d(np.asarray(b, float))
+    if first.shape != second.shape:
+        raise ValueError(f"shapes {first.shape} and {second.shape} of two paired systems differ")
+    differences = first - second
+    seeds, items = differences.shape
+    weights = np.ones(items) if tokens is None else np.asarray(tokens, float)
+    _aligned(differences[0], weights)
+    random = np.random.default_rng(seed)
+    seed_weights = random.multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples) / seeds
+    draws = np.empty(resamples)
+    for rows in _chunks(resamples, items):
+        item_counts = random.multinomial(items, np.full(items, 1 / items), size=rows.stop - rows.start)
+        sums = ((item_counts @ differences.T) * seed_weights[rows]).sum(axis=1)
+        draws[rows] = sums / (item_counts @ weights)
+    return _comparison(float(differences.mean(axis=0).sum() / weights.sum()), draws, confidence, items)
+
+
+def _aligned(*arrays: ArrayLike) -> list[Floats]:
+    """The arrays as float vectors of one length, refused when empty, unequal or not finite."""
+    vectors = [np.asarray(array, dtype=float) for array in arrays]
+    if len({vector.shape for vector in vectors}) > 1 or vectors[0].ndim != 1:
+        raise ValueError(f"per-item values must be vectors of one length, not {[v.shape for v in vectors]}")
+    if vectors[0].size == 0:
+        raise ValueError("no items: a mean of nothing has no interval")
+    if not all(np.isfinite(vector).all() for vector in vectors):
+        raise ValueError("per-item values must be finite")
+    return vectors
+
+
+def _ratio(numerators: Floats, denominators: Floats) -> Floats:
+    ratio: Floats = numerators.sum(axis=-1) / denominators.sum(axis=-1)
+    return ratio
+
+
+def _chunks(resamples: int, items: int) -> list[slice]:
+    size = max(1, _CHUNK_DRAWS // items)
+    return [slice(start, min(start + size, resamples)) for start in range(0, resamples, size)]
+
+
+def _bootstrap(
+    items: int, resamples: int, seed: int, statistic: Callable[[NDArray[np.intp]], Floats]
+) -> Floats:
+    """The statistic of each resample; it gets item indices of shape [resamples, items]."""
+    random = np.random.default_rng(seed)
+    chunks = [(rows.stop - rows.start, items) for rows in _chunks(resamples, items)]
+    return np.concatenate([statistic(random.integers(items, size=shape)) for shape in chunks])
+
+
+def _percentiles(draws: Floats, confidence: float) -> tuple[float, float]:
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(draws, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def _comparison(difference: float, draws: Floats, confidence: float, items: int) -> PairedComparison:
+    """Interval and p from the resampled differences.
+
+    p is twice the smaller share of draws on either side of zero, the level at which the interval would just
+    touch zero, with one draw added so that it is never 0 (Davison and Hinkley 1997, eq. 4.11).
+    """
+    low, high = _percentiles(draws, confidence)
+    side = min((draws <= 0).sum(), (draws >= 0).sum())
+    p_value = min(1.0, 2 * float(side + 1) / (len(draws) + 1))
+    return PairedComparison(difference, low, high, p_value, items)

@@ -1,0 +1,1 @@
+"""What every step program needs: errors, files, digests, command lines, run records, seeds, logging."""

@@ -1,0 +1,81 @@
+"""Command lines of step programs: `python -m stillhouse.<module> key=value nested.key=value ...`.
+
+The values are YAML, the keys are dotted paths into the program's pydantic settings, and OmegaConf interpolation
+works between them. A program is called by hand exactly as the workflow calls it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ValidationError
+
+from stillhouse.config.layering import explain_validation_error
+from stillhouse.runtime.errors import ConfigurationError, UserError
+from stillhouse.runtime.logs import configure_logging
+
+Settings = TypeVar("Settings", bound=BaseModel)
+
+
+def parse_settings(model: type[Settings], arguments: Sequence[str]) -> Settings:
+    """Build `model` from `key=value` arguments; a fault is a `ConfigurationError` naming the key."""
+    for argument in arguments:
+        if "=" not in argument:
+            raise ConfigurationError(f"command line: '{argument}' is not of the form key=value")
+    try:
+        container = OmegaConf.to_container(OmegaConf.from_dotlist(list(arguments)), resolve=True)
+        return model.model_validate(container)
+    except ValidationError as error:
+        raise ConfigurationError(explain_validation_error(error, model, "command line")) from None
+    except OmegaConfBaseException as error:
+        raise ConfigurationError(f"command line: {error}") from None
+
+
+def run_step(model: type[Settings], main: Callable[[Settings], None]) -> None:
+    """Run a step program: parse the command line, call `main`, turn a `UserError` into one line and status 1."""
+    configure_logging()
+    try:
+        main(parse_settings(model, sys.argv[1:]))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+def dotted_arguments(settings: dict[str, Any], prefix: str = "") -> list[str]:
+    """Flatten nested settings to sorted `key=value` arguments that `parse_settings` reads back."""
+    arguments: list[str] = []
+    for key, value in sorted(settings.items()):
+        path = f"{prefix}{key}"
+        if isinstance(value, dict) and value:
+            arguments.extend(dotted_arguments(value, f"{path}."))
+        else:
+            arguments.append(f"{path}={_yaml_flow(value)}")
+    return arguments
+
+
+def _yaml_flow(value: Any) -> str:
+    """One value as YAML on one line, in OmegaConf's own reading of it."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (list, tuple)):
+        return f"[{','.join(_yaml_flow(item) for item in value)}]"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}: {_yaml_flow(item)}" for key, item in sorted(value.items())) + "}"
+    if isinstance(value, str):
+        # A dollar would start an interpolation: settings that come from the workflow are resolved already.
+        escaped = value.replace("'", "''").replace("${", "\\${")
+        return value if _is_plain(value) else f"'{escaped}'"
+    return repr(value)
+
+
+def _is_plain(text: str) -> bool:
+    """Whether YAML reads the text back as the same string without quotes."""
+    if not text or not all(character.isalnum() or character in "_-./+" for character in text):
+        return False
+    return isinstance(OmegaConf.create(f"value: {text}")["value"], str)

@@ -1,0 +1,147 @@
+"""Files that are either whole or absent: atomic writes, staged directories and their manifests.
+
+A directory that a step leaves behind carries a `manifest.json` with the size and sha256 of each of its files.
+Readers call `verify_manifest`, so that a damaged or half-copied directory is named instead of being used.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from stillhouse.runtime.errors import UserError
+
+MANIFEST = "manifest.json"
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn a full or read-only disk into one clear line that names the path."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            free = shutil.disk_usage(existing_parent(path)).free
+            raise UserError(
+                f"{path}: the disk is full ({free / 2**20:.0f} MiB free): free some space and run the same command "
+                "again; what was finished is kept"
+            ) from error
+        if error.errno in (errno.EROFS, errno.EACCES):
+            raise UserError(f"{path}: cannot be written ({error.strerror}): check the permissions") from error
+        raise
+
+
+def existing_parent(path: Path) -> Path:
+    """The nearest folder at or above `path` that exists."""
+    return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+
+
+def atomic_write_bytes(path: Path, data: bytes) -> None:
+    """Write `data` so that readers see the old file or the new one, never a part of it."""
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as stream:
+                stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())
+            # mkstemp makes private files; a result is as readable as any other file of the user.
+            os.chmod(name, 0o666 & ~_umask())
+            os.replace(name, path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+
+
+def atomic_write_text(path: Path, text: str) -> None:
+    """Write `text` as UTF-8, whole or not at all."""
+    atomic_write_bytes(path, text.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON with sorted keys, whole or not at all."""
+    atomic_write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON; a missing or damaged file is a `UserError` that names it."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: does not exist: run the rule that makes it") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: is not valid JSON ({error}): delete it and run the same command again") from None
+
+
+@contextmanager
+def staged_directory(final: Path) -> Iterator[Path]:
+    """Yield a scratch sibling of `final` that takes its place, whole, when the block ends without an error.
+
+    Leftovers of a run that was killed are removed first; on an error the scratch folder is removed.
+    """
+    staging = final.parent / f".{final.name}.staging"
+    with disk_errors(final):
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        try:
+            yield staging
+            shutil.rmtree(final, ignore_errors=True)
+            staging.rename(final)
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+
+
+def sha256_file(path: Path) -> str:
+    """The sha256 of a file, as hexadecimal digits."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write_manifest(directory: Path, extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Write `manifest.json` over every file below `directory`; `extra` is stored beside the list."""
+    files = {
+        str(path.relative_to(directory)): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+        for path in sorted(directory.rglob("*"))
+        if path.is_file() and path.name not in (MANIFEST, ".snakemake_timestamp")
+    }
+    manifest = {**(extra or {}), "files": files}
+    write_json(directory / MANIFEST, manifest)
+    return manifest
+
+
+def verify_manifest(directory: Path) -> dict[str, Any]:
+    """Check every file of `directory` against its manifest and return it.
+
+    Raises `UserError` naming the first file that is missing, short or altered.
+    """
+    if not directory.is_dir():
+        raise UserError(f"{directory}: is not a directory: run the rule that makes it")
+    manifest: dict[str, Any] = read_json(directory / MANIFEST)
+    remedy = f"delete {directory} and run the same command again"
+    if not isinstance(manifest.get("files"), dict):
+        raise UserError(f"{directory / MANIFEST}: lists no files: {remedy}")
+    for name, expected in manifest["files"].items():
+        path = directory / name
+        if not path.is_file():
+            raise UserError(f"{path}: is missing: {remedy}")
+        if path.stat().st_size != expected["bytes"]:
+            raise UserError(f"{path}: has {path.stat().st_size} bytes, not {expected['bytes']}: {remedy}")
+        if sha256_file(path) != expected["sha256"]:
+            raise UserError(f"{path}: is corrupt (its sha256 differs from the manifest's): {remedy}")
+    return manifest
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

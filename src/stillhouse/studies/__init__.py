@@ -1,0 +1,1 @@
+"""Five studies, furnished alike; no study imports another."""

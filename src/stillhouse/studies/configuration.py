@@ -1,0 +1,83 @@
+"""The whole configuration: the catalogue and what the studies share, and one section per study.
+
+It stands above the studies because it holds their sections. The Snakefile builds it while the DAG is made, so it
+imports no torch; every fault is a `ConfigurationError` before any work starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, model_validator
+
+from stillhouse.config.assets import DatasetEntry, ModelEntry
+from stillhouse.config.base import SettingError, StrictModel
+from stillhouse.config.catalogue import DATASETS, MODELS
+from stillhouse.config.layering import Layer, nearest, read_layer, validate, validate_layers
+from stillhouse.config.resources import ResourceSettings
+from stillhouse.config.training import TrackingSettings
+from stillhouse.runtime.errors import ConfigurationError
+from stillhouse.studies.context_distillation.config import EMBEDDED, ContextDistillationConfig
+
+STUDIES = ("context_distillation",)
+
+
+class Configuration(StrictModel):
+    """Everything a user can set, in one file."""
+
+    studies: Annotated[
+        tuple[str, ...], Field(description="Studies that `all` and results.md contain.")
+    ] = STUDIES
+    models: Annotated[dict[str, ModelEntry], Field(description="The catalogue's models.")] = MODELS
+    datasets: Annotated[dict[str, DatasetEntry], Field(description="The catalogue's data sets.")] = DATASETS
+    tracking: TrackingSettings = TrackingSettings()
+    resources: ResourceSettings = ResourceSettings()
+    context_distillation: ContextDistillationConfig = ContextDistillationConfig()
+
+    @model_validator(mode="after")
+    def names_are_in_the_catalogue(self) -> Configuration:
+        """Refuse a study, model or data set that is declared nowhere."""
+        for study in self.studies:
+            if study not in STUDIES:
+                raise SettingError(("studies",), f"unknown study '{study}': {nearest(study, STUDIES, 'studies')}")
+        study_config = self.context_distillation
+        for name in study_config.models:
+            self._require_model(name, ("context_distillation", "models"))
+            for condition in study_config.trained_conditions:
+                teacher = study_config.run_settings(name, condition).teacher.model
+                if teacher is not None:
+                    self._require_model(teacher, ("context_distillation", "condition_settings", condition))
+        dataset = study_config.task.dataset
+        if dataset not in self.datasets:
+            raise SettingError(
+                ("context_distillation", "task", "dataset"),
+                f"unknown data set '{dataset}': {nearest(dataset, list(self.datasets), 'data sets')}",
+            )
+        return self
+
+    def _require_model(self, name: str, location: tuple[str, ...]) -> None:
+        if name not in self.models:
+            raise SettingError(location, f"unknown model '{name}': {nearest(name, list(self.models), 'models')}")
+
+
+def embedded_configuration() -> Configuration:
+    """The configuration of `config/config.yaml`: every study at a size for two cores, from packages alone."""
+    return validate_layers(Configuration, [Layer("embedded", {"context_distillation": EMBEDDED})])
+
+
+def load_configuration(
+    merged: Mapping[str, Any], files: Sequence[Path], command_line: Mapping[str, Any]
+) -> Configuration:
+    """Validate what the workflow engine merged from `files` and `--config`; messages name the layer at fault.
+
+    Raises `ConfigurationError`.
+    """
+    layers = [*(read_layer(path) for path in files), Layer("--config", command_line)]
+    known = set(Configuration.model_fields)
+    for key in merged:
+        if key not in known:
+            layer = next(layer for layer in reversed(layers) if key in layer.values)
+            raise ConfigurationError(f"{layer.name}: '{key}': unknown key: {nearest(key, sorted(known), 'keys')}")
+    return validate(Configuration, merged, layers)

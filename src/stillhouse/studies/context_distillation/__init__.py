@@ -1,0 +1,1 @@
+"""Context distillation: can a zero-shot student absorb what examples in the prompt give its teacher?"""

@@ -1,0 +1,192 @@
+"""What evaluation leaves behind and what figures and tables read: `results.json` and `items.parquet` of a model.
+
+Stands between `evaluate`, which writes both, and `report` and `figures`, which read nothing else; no torch here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pandas as pd
+from pydantic import ValidationError
+
+from stillhouse.config.base import StrictModel
+from stillhouse.evaluation.statistics import Estimate, bootstrap_ratio_interval, wilson_interval
+from stillhouse.runtime.errors import UserError
+from stillhouse.runtime.files import disk_errors, read_json
+
+Split = Literal["validation", "test"]
+
+# One row per subject and item. `output` and the scores are null where nothing was generated.
+ITEM_COLUMNS = {
+    "model": "string",
+    "condition": "string",
+    "seed": "Int64",
+    "step": "Int64",
+    "shots": "Int64",
+    "split": "string",
+    "item_id": "string",
+    "gold_nll": "float64",
+    "gold_tokens": "Int64",
+    "output": "string",
+    "output_tokens": "Int64",
+    "finished": "boolean",
+    "strict_correct": "boolean",
+    "flexible_correct": "boolean",
+    "wrote_marker": "boolean",
+}
+SUBJECT_COLUMNS = ["condition", "seed", "step", "shots"]
+
+
+class Count(StrictModel):
+    """A proportion of items with Wilson's 95 % interval."""
+
+    count: int
+    n: int
+    value: float
+    low: float
+    high: float
+
+
+class PerToken(StrictModel):
+    """Nats per gold answer token with a 95 % bootstrap interval over items."""
+
+    n: int
+    tokens: int
+    value: float
+    low: float
+    high: float
+
+
+class Measurement(StrictModel):
+    """One subject (a condition's checkpoint, or the base with some shots) on one split."""
+
+    condition: str
+    seed: int
+    step: int
+    shots: int
+    split: Split
+    gold_nll: PerToken
+    strict: Count | None
+    flexible: Count | None
+    marker: Count | None
+    finished: Count | None
+    mean_output_tokens: float | None
+
+
+class Selection(StrictModel):
+    """The headline checkpoint of one trained condition and seed."""
+
+    condition: str
+    seed: int
+    step: int
+
+
+class ModelResults(StrictModel):
+    """`results.json`: everything that was measured of one model."""
+
+    model: str
+    model_note: str
+    dataset: str
+    dataset_note: str
+    engine: str
+    evaluation: dict[str, object]
+    conditions: tuple[str, ...]
+    selections: tuple[Selection, ...]
+    measurements: tuple[Measurement, ...]
+
+    def selected_step(self, condition: str, seed: int) -> int:
+        """The headline checkpoint's step; 0 for the untrained base."""
+        steps = {(choice.condition, choice.seed): choice.step for choice in self.selections}
+        return steps.get((condition, seed), 0)
+
+    def of(self, split: Split, condition: str | None = None) -> list[Measurement]:
+        """The measurements on one split, of one condition where named, by seed and step."""
+        chosen = [m for m in self.measurements if m.split == split and condition in (None, m.condition)]
+        return sorted(chosen, key=lambda m: (self.conditions.index(m.condition), m.shots, m.seed, m.step))
+
+    def headline(self, split: Split) -> list[Measurement]:
+        """One measurement per condition, shots and seed: the selected checkpoint's."""
+        return [m for m in self.of(split) if m.step == self.selected_step(m.condition, m.seed)]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A model's results with the per-item rows behind them."""
+
+    results: ModelResults
+    items: pd.DataFrame
+
+
+def load_evaluation(directory: Path) -> Evaluation:
+    """Read `results.json` and `items.parquet`; a damaged file is a `UserError` that names it."""
+    path = directory / "results.json"
+    try:
+        results = ModelResults.model_validate(read_json(path))
+    except ValidationError as error:
+        raise UserError(f"{path}: is not a result of this version ({error.error_count()} faults): run evaluate") from None
+    try:
+        items = pd.read_parquet(directory / "items.parquet")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{directory / 'items.parquet'}: cannot be read ({error}): delete it and run again") from None
+    return Evaluation(results, items)
+
+
+def write_items(items: pd.DataFrame, path: Path) -> None:
+    """Write per-item rows with their fixed columns and types."""
+    with disk_errors(path):
+        items[list(ITEM_COLUMNS)].astype(ITEM_COLUMNS).to_parquet(path, index=False)
+
+
+def measure(items: pd.DataFrame) -> list[Measurement]:
+    """One measurement per subject and split."""
+    measurements = []
+    for (condition, seed, step, shots, split), group in items.groupby([*SUBJECT_COLUMNS, "split"], sort=True):
+        generated = group[group["output"].notna()]
+        nll = bootstrap_ratio_interval(group["gold_nll"].astype(float), group["gold_tokens"].astype(float))
+        measurements.append(
+            Measurement(
+                condition=condition,
+                seed=seed,
+                step=step,
+                shots=shots,
+                split=split,
+                gold_nll=PerToken(n=nll.n, tokens=int(group["gold_tokens"].sum()), **_interval(nll)),
+                strict=_count(generated["strict_correct"]),
+                flexible=_count(generated["flexible_correct"]),
+                marker=_count(generated["wrote_marker"]),
+                finished=_count(generated["finished"]),
+                mean_output_tokens=round(float(generated["output_tokens"].mean()), 1) if len(generated) else None,
+            )
+        )
+    return measurements
+
+
+def select_checkpoints(measurements: list[Measurement], rule: str) -> list[Selection]:
+    """Choose each trained condition's headline checkpoint by `EvaluationSettings.selection`; ties take the earlier."""
+    split = "test" if rule == "best_on_test" else "validation"
+    candidates = [m for m in measurements if m.split == split and m.step > 0]
+    selections = []
+    for condition, seed in sorted({(m.condition, m.seed) for m in candidates}):
+        runs = sorted((m for m in candidates if (m.condition, m.seed) == (condition, seed)), key=lambda m: m.step)
+        if rule == "last":
+            best = runs[-1]
+        elif rule == "gold_nll":
+            best = min(runs, key=lambda m: m.gold_nll.value)
+        else:
+            best = max(runs, key=lambda m: m.strict.value if m.strict else 0.0)
+        selections.append(Selection(condition=condition, seed=seed, step=best.step))
+    return selections
+
+
+def _count(values: pd.Series) -> Count | None:
+    if values.empty:
+        return None
+    successes = int(values.sum())
+    return Count(count=successes, n=len(values), **_interval(wilson_interval(successes, len(values))))
+
+
+def _interval(estimate: Estimate) -> dict[str, float]:
+    return {name: round(getattr(estimate, name), 6) for name in ("value", "low", "high")}

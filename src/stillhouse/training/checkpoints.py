@@ -1,0 +1,187 @@
+"""Resumable states, and the weights that a run is for. Safetensors and JSON, nothing pickled.
+
+In `work_dir`: `state-<step>/` (trained parameters, optimiser moments, progress) and `checkpoint-<step>/` (weights for
+evaluation), each moved into place whole, with a manifest. A state that is damaged, or whose earlier checkpoints are,
+is skipped for the one before. Random states are not stored: the loop derives them from (seed, step, process).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from stillhouse.models.lora import ADAPTER_CONFIG
+from stillhouse.runtime.errors import UserError
+from stillhouse.runtime.files import read_json, staged_directory, verify_manifest, write_json, write_manifest
+from stillhouse.runtime.logs import logger
+
+STATE_TENSORS, STATE_PROGRESS = "state.safetensors", "progress.json"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come, over all of its attempts."""
+
+    step: int = 0
+    seconds: float = 0.0
+    units: int = 0
+    tokens: int = 0
+    peak_memory_mib: float = 0.0
+    micro_batch_tokens: int = 0
+
+
+def save_state(
+    work_dir: Path,
+    progress: Progress,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    keep: int,
+) -> None:
+    """Write `state-<step>/` whole and durable, then prune all but the newest `keep` states."""
+    names = {parameter: name for name, parameter in parameters.items()}
+    tensors = {f"parameter/{name}": parameter.detach() for name, parameter in parameters.items()}
+    for parameter, moments in optimizer.state.items():
+        tensors |= {f"optimizer/{names[parameter]}/{key}": value for key, value in moments.items()}
+    with staged_directory(work_dir / f"state-{progress.step}") as staging:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, staging / STATE_TENSORS)
+        write_json(staging / STATE_PROGRESS, asdict(progress))
+        write_manifest(staging)
+        _flush_to_disk(staging)
+    for _, stale in numbered_directories(work_dir, "state")[keep:]:
+        shutil.rmtree(stale)
+
+
+def load_state(
+    directory: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
+) -> Progress:
+    """Restore parameters and optimiser from a verified state; raises `UserError` where it is of another run."""
+    tensors = load_file(directory / STATE_TENSORS)
+    saved = {name.removeprefix("parameter/"): t for name, t in tensors.items() if name.startswith("parameter/")}
+    if {name: tensor.shape for name, tensor in saved.items()} != {
+        name: parameter.shape for name, parameter in parameters.items()
+    }:
+        raise UserError(f"{directory}: holds other parameters than this model trains: delete it and run again")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(saved[name])
+    names = {parameter: name for name, parameter in parameters.items()}
+    ordered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    moments = {
+        index: {
+            name.rpartition("/")[2]: tensor
+            for name, tensor in tensors.items()
+            if name.rpartition("/")[0] == f"optimizer/{names[parameter]}"
+        }
+        for index, parameter in enumerate(ordered)
+    }
+    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+    return Progress(**read_json(directory / STATE_PROGRESS))
+
+
+def latest_valid_state(work_dir: Path, saved_steps: Sequence[int]) -> Path | None:
+    """The newest state that is whole, with every checkpoint up to it; None where training starts afresh.
+
+    Each one that is skipped is logged with the file at fault.
+    """
+    for step, directory in numbered_directories(work_dir, "state"):
+        try:
+            verify_manifest(directory)
+            for saved in saved_steps:
+                if saved <= step:
+                    verify_manifest(work_dir / f"checkpoint-{saved}")
+        except UserError as error:
+            logger.warning("cannot continue from step %d, trying an earlier state: %s", step, error)
+            continue
+        return directory
+    return None
+
+
+def save_weights(
+    work_dir: Path,
+    step: int,
+    model: nn.Module,
+    dtype: torch.dtype,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> None:
+    """Write `checkpoint-<step>/`: an adapter, a whole transformers model in `dtype`, or a plain module's tensors."""
+    with staged_directory(work_dir / f"checkpoint-{step}") as staging:
+        if isinstance(model, PeftModel):
+            # "auto" would ask the hub whether the vocabulary was resized; Stillhouse never resizes it.
+            model.save_pretrained(str(staging), safe_serialization=True, save_embedding_layers=False)
+            (staging / "README.md").unlink(missing_ok=True)
+            _sort_target_modules(staging / ADAPTER_CONFIG)
+        elif isinstance(model, PreTrainedModel):
+            model.save_pretrained(staging, state_dict=_cast(model.state_dict(), dtype))
+            configuration = read_json(staging / "config.json")
+            write_json(staging / "config.json", configuration | {"dtype": str(dtype).removeprefix("torch.")})
+            if tokenizer is not None:
+                tokenizer.save_pretrained(staging)
+        else:
+            trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+            tensors = {name: tensor.detach() for name, tensor in (trained | dict(model.named_buffers())).items()}
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, staging / "model.safetensors")
+        write_manifest(staging)
+        _flush_to_disk(staging)
+
+
+def export(work_dir: Path, output_dir: Path, saved_steps: Sequence[int]) -> None:
+    """Put the run's checkpoints and logs into `output_dir`; files are linked where the disk allows it."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    for step in saved_steps:
+        name = f"checkpoint-{step}"
+        verify_manifest(work_dir / name)
+        shutil.copytree(work_dir / name, output_dir / name, copy_function=_link_or_copy, dirs_exist_ok=True)
+
+
+def numbered_directories(work_dir: Path, kind: str) -> list[tuple[int, Path]]:
+    """The directories `<kind>-<step>` of `work_dir` with their steps, newest first."""
+    matches = ((re.fullmatch(rf"{kind}-(\d+)", path.name), path) for path in work_dir.glob(f"{kind}-*"))
+    return sorted(((int(match[1]), path) for match, path in matches if match), reverse=True)
+
+
+def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The same tensors in `dtype`; tied ones stay one tensor, so that they are written once."""
+    cast = {tensor.data_ptr(): tensor.to(dtype) for tensor in tensors.values() if tensor.is_floating_point()}
+    return {name: cast.get(tensor.data_ptr(), tensor) for name, tensor in tensors.items()}
+
+
+def _sort_target_modules(path: Path) -> None:
+    """peft writes a set in any order: equal runs must leave equal files."""
+    configuration: dict[str, Any] = read_json(path)
+    if isinstance(targets := configuration["target_modules"], list):
+        configuration["target_modules"] = sorted(targets)
+    write_json(path, configuration)
+
+
+def _flush_to_disk(directory: Path) -> None:
+    for path in _files_and_folders(directory):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _files_and_folders(directory: Path) -> Iterator[Path]:
+    yield from directory.rglob("*")
+    yield directory
+
+
+def _link_or_copy(source: str, target: str) -> str:
+    Path(target).unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+        return target
+    except OSError:
+        return shutil.copy2(source, target)

@@ -1,0 +1,340 @@
+"""The one training loop. It knows nothing of any study: a model, an objective and data go in, checkpoints come out.
+
+- One update uses `batch_size` consecutive examples of an endless stream of permutations, whatever the number of
+  processes; each process takes a contiguous share. The gradient is the sum over units divided by their global count.
+- Trained parameters and AdamW's moments are fp32. Under bf16 the forward pass autocasts; frozen weights may be bf16.
+- Random states are a function of (seed, step, process), set anew for each update. So a resumed run, or an update that
+  is redone after memory ran out, draws the same dropout masks; another number of processes or another micro-batch
+  size draws others, and changes results by that alone.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import shutil
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration, broadcast, broadcast_object_list
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from stillhouse.config.training import TrackingSettings, TrainingSettings
+from stillhouse.models.precision import ResolvedPrecision, resolve_precision, torch_dtype
+from stillhouse.runtime.errors import UserError
+from stillhouse.runtime.logs import logger
+from stillhouse.runtime.seeds import derived_seed, generator, seed_everything
+from stillhouse.training.checkpoints import (
+    Progress,
+    export,
+    latest_valid_state,
+    load_state,
+    save_state,
+    save_weights,
+)
+from stillhouse.training.objective import Objective, TrainingData
+from stillhouse.training.optimizers import (
+    ParameterGroup,
+    build_optimizer,
+    parameter_groups,
+    set_learning_rate,
+    trained_parameters,
+)
+from stillhouse.training.processes import (
+    StopRequest,
+    TrainingInterrupted,
+    slice_of_process,
+    sum_gradients,
+    sum_statistics,
+)
+from stillhouse.training.schedules import learning_rate_factor
+from stillhouse.training.tracking import (
+    METRICS_FILE,
+    TRACKING_FOLDER,
+    MetricsFile,
+    ProgressReport,
+    Tracking,
+    check_trackers,
+)
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a finished run cost, over all of its attempts; for the run record."""
+
+    steps: int
+    resumed_from: int
+    precision: ResolvedPrecision
+    processes: int
+    seconds: float
+    units: int
+    tokens: int
+    tokens_per_second: float
+    peak_memory_mib: float
+    micro_batch_tokens: int
+
+
+def train(
+    model: nn.Module,
+    objective: Objective[Any],
+    data: TrainingData[Any],
+    settings: TrainingSettings,
+    *,
+    work_dir: Path,
+    output_dir: Path,
+    seed: int,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    groups: Sequence[ParameterGroup] | None = None,
+    tracking: TrackingSettings | None = None,
+    run_name: str = "training",
+) -> TrainingResult:
+    """Train the parameters of `model` that require a gradient, from the newest valid state of `work_dir`.
+
+    `work_dir` keeps what a killed run needs to continue; `output_dir` gets `checkpoint-<step>/` for each of
+    `settings.saved_steps`, `metrics.jsonl` and `tensorboard/` at the end. `tokenizer` goes with full checkpoints;
+    `groups` replaces the groups that `settings.learning_rate_multipliers` describes.
+
+    Raises `UserError` for what the user can mend (missing tracker, one example that does not fit in memory, a loss
+    that is not finite) and `TrainingInterrupted` after SIGTERM.
+    """
+    tracking = tracking or TrackingSettings()
+    check_trackers(tracking)
+    work_dir.mkdir(parents=True, exist_ok=True)
+    accelerator = Accelerator(
+        mixed_precision="no",  # autocast is entered below, around the whole objective
+        log_with=["tensorboard", *tracking.trackers],
+        project_config=ProjectConfiguration(str(work_dir), logging_dir=str(work_dir / TRACKING_FOLDER)),
+    )
+    if settings.batch_size < accelerator.num_processes:
+        raise UserError(f"training.batch_size ({settings.batch_size}) is below {accelerator.num_processes} processes")
+    if len(data) == 0:
+        raise UserError("there are no training examples: check the data split and train_examples")
+    trainer = Trainer(model, objective, data, settings, accelerator, seed, work_dir, groups)
+    completed = trainer.resume()
+    configuration = {**settings.model_dump(mode="json"), "seed": seed}
+    watch = Tracking(accelerator, tracking, work_dir, run_name, configuration, completed)
+    try:
+        trainer.run(watch, run_name, tokenizer)
+    finally:
+        watch.close()
+    if accelerator.is_main_process:
+        export(work_dir, output_dir, settings.saved_steps)
+        shutil.copyfile(work_dir / METRICS_FILE, output_dir / METRICS_FILE)
+        curves = work_dir / TRACKING_FOLDER / tracking.project
+        shutil.copytree(curves, output_dir / "tensorboard", dirs_exist_ok=True)
+    accelerator.wait_for_everyone()
+    return trainer.result(completed)
+
+
+def examples_of_step(step: int, batch_size: int, examples: int, seed: int) -> list[int]:
+    """Indices of the examples of an update (counted from 1): the next `batch_size` of all permutations in a row."""
+    positions = range((step - 1) * batch_size, step * batch_size)
+    return [_permutation(position // examples, examples, seed)[position % examples] for position in positions]
+
+
+@lru_cache(maxsize=2)
+def _permutation(epoch: int, examples: int, seed: int) -> list[int]:
+    order: list[int] = torch.randperm(examples, generator=generator(seed, "data order", epoch)).tolist()
+    return order
+
+
+class Trainer:
+    """One run: its model, optimiser and progress on this process."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective[Any],
+        data: TrainingData[Any],
+        settings: TrainingSettings,
+        accelerator: Accelerator,
+        seed: int,
+        work_dir: Path,
+        groups: Sequence[ParameterGroup] | None,
+    ) -> None:
+        self.objective, self.data, self.settings = objective, data, settings
+        self.accelerator, self.seed, self.work_dir = accelerator, seed, work_dir
+        self.device = accelerator.device
+        self.precision = resolve_precision(settings.precision, self.device)
+        self.model = model.to(self.device)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+        if settings.gradient_checkpointing:
+            enable_gradient_checkpointing(model)
+        groups = groups or parameter_groups(model, settings.learning_rate_multipliers)
+        self.parameters = trained_parameters(groups)
+        self.optimizer = build_optimizer(groups, settings.learning_rate, settings.weight_decay, self.device)
+        self.progress = Progress(micro_batch_tokens=settings.micro_batch_tokens)
+
+    def resume(self) -> int:
+        """Load the newest valid state; returns the number of completed steps."""
+        states: list[Path | None] = [None]
+        if self.accelerator.is_main_process:
+            states = [latest_valid_state(self.work_dir, self.settings.saved_steps)]
+        [state] = broadcast_object_list(states)
+        if state is not None:
+            self.progress = load_state(state, self.parameters, self.optimizer)
+            logger.info("continuing from step %d of %d", self.progress.step, self.settings.steps)
+        else:
+            # Every process starts from the same weights, also where a study forgot to seed its own modules.
+            for parameter in self.parameters.values():
+                parameter.data = broadcast(parameter.data)
+        return self.progress.step
+
+    def run(self, watch: Tracking, run_name: str, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        """Make the remaining updates; log and save on the way."""
+        settings, main = self.settings, self.accelerator.is_main_process
+        completed = self.progress.step
+        metrics = MetricsFile(self.work_dir / METRICS_FILE, completed) if main else None
+        report = ProgressReport(settings.steps, completed, run_name) if main else None
+        self.model.train()
+        with StopRequest() as stop:
+            for step in range(completed + 1, settings.steps + 1):
+                row, stopped = self.update(step, stop.received)
+                if metrics and report and (step % settings.log_every == 0 or step == settings.steps):
+                    metrics.append(row)
+                    watch.log(row)
+                    report.update(row)
+                if main and step in settings.saved_steps:
+                    save_weights(self.work_dir, step, self.model, torch_dtype(self.precision), tokenizer)
+                if main and (step % settings.resume_every == 0 or step == settings.steps or stopped):
+                    save_state(
+                        self.work_dir, self.progress, self.parameters, self.optimizer, settings.keep_resume_states
+                    )
+                if stopped and step < settings.steps:
+                    raise TrainingInterrupted
+        if metrics and report:
+            metrics.close()
+            report.close()
+
+    def update(self, step: int, stop: bool) -> tuple[dict[str, float], bool]:
+        """Make one optimiser update; returns its row of metrics, and whether any process wants to stop."""
+        started = time.monotonic()
+        rate = self.settings.learning_rate * learning_rate_factor(
+            step - 1, self.settings.schedule, self.settings.steps
+        )
+        rates = set_learning_rate(self.optimizer, rate)
+        own = self._accumulate_within_memory(step) | {"stop": float(stop)}
+        sums = sum_statistics(own, self.device)
+        sum_gradients(self.parameters.values())
+        count, tokens = sums.pop("count"), sums.pop("tokens")
+        stopped = sums.pop("stop") > 0
+        if count == 0:
+            raise UserError(f"step {step}: the batch has nothing to learn (no counted unit): check the data")
+        for parameter in self.parameters.values():
+            assert parameter.grad is not None
+            parameter.grad /= count
+        norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.max_gradient_norm).item()
+        if not math.isfinite(norm):
+            raise UserError(
+                f"step {step}: the gradient is not finite (loss {sums['loss'] / count}): lower learning_rate or use "
+                "precision=fp32; states up to an earlier step are kept"
+            )
+        self.optimizer.step()
+        seconds = time.monotonic() - started
+        self._advance(step, seconds, int(count), int(tokens))
+        mean_seconds = self.progress.seconds / step
+        return {
+            "step": step,
+            **{name: value / count for name, value in sums.items()},
+            "learning_rate": rate,
+            **{f"learning_rate/{name}": value for name, value in rates.items() if len(rates) > 1},
+            "gradient_norm": norm,
+            "units": count,
+            "tokens": tokens,
+            "tokens_per_second": tokens / seconds,
+            "seconds": self.progress.seconds,
+            "memory_mib": self.progress.peak_memory_mib,
+            "eta_seconds": mean_seconds * (self.settings.steps - step),
+        }, stopped
+
+    def result(self, resumed_from: int) -> TrainingResult:
+        """The summary of the run so far."""
+        facts = asdict(self.progress)
+        return TrainingResult(
+            steps=facts.pop("step"),
+            resumed_from=resumed_from,
+            precision=self.precision,
+            processes=self.accelerator.num_processes,
+            tokens_per_second=self.progress.tokens / max(self.progress.seconds, 1e-9),
+            **facts,
+        )
+
+    def _accumulate_within_memory(self, step: int) -> dict[str, Tensor | float]:
+        """`_accumulate`, again with half the token budget as long as memory runs out."""
+        while True:
+            try:
+                return self._accumulate(step)
+            except RuntimeError as error:
+                if not should_reduce_batch_size(error):
+                    raise
+            # Outside the handler: the traceback held the tensors of the failed pass.
+            clear_device_cache(garbage_collection=True)
+            examples, budget = self._examples(step), self.progress.micro_batch_tokens
+            if sum(1 for _ in self.data.micro_batches(examples, budget)) == len(examples):
+                raise UserError(
+                    f"step {step}: memory is too small for a single example: switch gradient_checkpointing on, lower "
+                    "max_length, or use a larger device"
+                )
+            self.progress = replace(self.progress, micro_batch_tokens=max(1, budget // 2))
+            logger.warning("step %d: out of memory: micro_batch_tokens is now %d", step, max(1, budget // 2))
+
+    def _accumulate(self, step: int) -> dict[str, Tensor | float]:
+        """Leave the sum of this process's gradients in `.grad`; returns its sums: loss, terms, count and tokens."""
+        seed_everything(derived_seed(self.seed, "step", step, self.accelerator.process_index))
+        self.optimizer.zero_grad(set_to_none=True)
+        sums: Counter[str] = Counter()
+        autocast = torch.autocast(
+            self.device.type,
+            torch.bfloat16,
+            enabled=self.precision == "bf16",
+            # A cast that a teacher's pass without gradients left in the cache would cut the student's graph.
+            cache_enabled=False,
+        )
+        for micro_batch in self.data.micro_batches(self._examples(step), self.progress.micro_batch_tokens):
+            with autocast:
+                terms = self.objective(self.model, micro_batch.to(self.device), step)
+            terms.total.backward()  # type: ignore[no-untyped-call]
+            named = {"loss": terms.total.detach(), **terms.terms, "count": terms.count, "tokens": micro_batch.tokens}
+            for name, value in named.items():
+                sums[name] += value.double() if isinstance(value, Tensor) else value
+        return dict(sums)
+
+    def _examples(self, step: int) -> Sequence[int]:
+        indices = examples_of_step(step, self.settings.batch_size, len(self.data), self.seed)
+        return slice_of_process(indices, self.accelerator.process_index, self.accelerator.num_processes)
+
+    def _advance(self, step: int, seconds: float, units: int, tokens: int) -> None:
+        memory = (
+            torch.cuda.max_memory_allocated(self.device) / 2**20
+            if self.device.type == "cuda"
+            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        )
+        self.progress = replace(
+            self.progress,
+            step=step,
+            seconds=self.progress.seconds + seconds,
+            units=self.progress.units + units,
+            tokens=self.progress.tokens + tokens,
+            peak_memory_mib=max(self.progress.peak_memory_mib, memory),
+        )
+
+
+def enable_gradient_checkpointing(model: nn.Module) -> None:
+    """Recompute activations in the backward pass; the inputs must require a gradient where the base is frozen."""
+    for name in ("gradient_checkpointing_enable", "enable_input_require_grads"):
+        if not hasattr(model, name):
+            raise UserError(f"gradient_checkpointing: {type(model).__name__} does not offer {name}: switch it off")
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+    # After enabling, never before: transformers sets up its own hook state when it enables checkpointing.
+    model.enable_input_require_grads()  # type: ignore[operator]

@@ -1,0 +1,172 @@
+"""Where a run can be watched: the metrics file, accelerate's trackers and the progress bar.
+
+`metrics.jsonl` is what figures read; TensorBoard is always written; the other trackers are chosen by configuration
+and keep their run's id over a resume. Where standard error is no terminal the bar becomes a line every half minute.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import uuid
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from tqdm import tqdm
+
+from stillhouse.config.training import TrackingSettings
+from stillhouse.runtime.errors import UserError
+from stillhouse.runtime.files import atomic_write_text, read_json, write_json
+from stillhouse.runtime.logs import logger
+
+TRACKING_FOLDER, METRICS_FILE, RUN_IDS = "tracking", "metrics.jsonl", "tracker_runs.json"
+SECONDS_BETWEEN_LINES = 30.0
+# Where a tracker whose server chooses the id keeps it, from accelerate's wrapped run object.
+SERVER_CHOSEN_IDS = {"mlflow": "info.run_id", "aim": "hash", "clearml": "id"}
+
+
+def check_trackers(settings: TrackingSettings) -> None:
+    """Refuse a tracker whose package is missing: accelerate would leave it out with a debug message."""
+    available = {str(name) for name in get_available_trackers()}
+    for name in ("tensorboard", *settings.trackers):
+        if name not in available:
+            raise UserError(
+                f"tracking.trackers: the package of '{name}' is not installed: pip install {name}, or take it out"
+            )
+
+
+class Tracking:
+    """The trackers of one run, started on the main process."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        settings: TrackingSettings,
+        work_dir: Path,
+        run_name: str,
+        configuration: Mapping[str, Any],
+        completed_steps: int,
+    ) -> None:
+        self.accelerator = accelerator
+        if accelerator.is_main_process:
+            run_ids_file = work_dir / RUN_IDS
+            known: dict[str, str] = read_json(run_ids_file) if run_ids_file.exists() else {}
+            run_ids = {name: known.get(name) or new_run_id(name) for name in settings.trackers}
+            arguments = {
+                name: tracker_arguments(name, run_id, run_name, work_dir) for name, run_id in run_ids.items()
+            }
+            arguments["tensorboard"] = {"purge_step": completed_steps + 1}
+            accelerator.init_trackers(settings.project, config=flat(configuration), init_kwargs=arguments)
+            for name in set(run_ids) & set(SERVER_CHOSEN_IDS):
+                value: Any = accelerator.get_tracker(name, unwrap=True)
+                for attribute in SERVER_CHOSEN_IDS[name].split("."):
+                    value = getattr(value, attribute)
+                run_ids[name] = value
+            # Written before the first step: a run that is killed before its first state still resumes its curves.
+            write_json(run_ids_file, run_ids)
+
+    def log(self, row: Mapping[str, float]) -> None:
+        """Send one row of metrics to every tracker."""
+        self.accelerator.log({key: value for key, value in row.items() if key != "step"}, step=int(row["step"]))
+
+    def close(self) -> None:
+        """Flush and end the trackers."""
+        self.accelerator.end_training()
+
+
+def new_run_id(name: str) -> str | None:
+    """A fresh id for a tracker that takes its client's (SwanLab's have 21 characters); None if its server chooses."""
+    return None if name in SERVER_CHOSEN_IDS else uuid.uuid4().hex[: 21 if name == "swanlab" else 32]
+
+
+def tracker_arguments(name: str, run_id: str | None, run_name: str, work_dir: Path) -> dict[str, Any]:
+    """What the tracker's own start function takes to begin the run `run_id`, or to continue it."""
+    arguments: dict[str, dict[str, Any]] = {
+        "wandb": {"id": run_id, "name": run_name, "resume": "allow"},
+        "swanlab": {"id": run_id, "experiment_name": run_name, "resume": "allow"},
+        "trackio": {"name": f"{run_name}-{(run_id or '')[:8]}", "resume": "allow"},
+        "comet_ml": {"experiment_key": run_id, "mode": "get_or_create"},
+        "mlflow": {"run_id": run_id, "run_name": run_name},
+        "aim": {"run_hash": run_id},
+        "clearml": {"task_name": run_name, "continue_last_task": run_id or False},
+        "dvclive": {"dir": str(work_dir / TRACKING_FOLDER / "dvclive"), "resume": True},
+    }
+    return arguments[name]
+
+
+class MetricsFile:
+    """`metrics.jsonl`: one JSON object per logged step, in order of steps."""
+
+    def __init__(self, path: Path, completed_steps: int) -> None:
+        """Open the file and drop the rows after `completed_steps`, and a last line that a crash cut short."""
+        rows = [row for row in read_metrics(path) if row["step"] <= completed_steps] if path.exists() else []
+        atomic_write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+        self._stream = path.open("a", encoding="utf-8")
+
+    def append(self, row: Mapping[str, float]) -> None:
+        """Write one row and hand it to the operating system."""
+        self._stream.write(json.dumps(dict(row)) + "\n")
+        self._stream.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._stream.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The rows of a metrics file, without a line that a crash cut short."""
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            logger.warning("%s: dropped an incomplete line", path)
+    return rows
+
+
+class ProgressReport:
+    """A progress bar on a terminal; elsewhere a line at the first step, at the last, and every half minute."""
+
+    def __init__(self, total_steps: int, completed_steps: int, run_name: str) -> None:
+        self.total_steps = total_steps
+        self._bar = (
+            tqdm(total=total_steps, initial=completed_steps, desc=run_name, unit="step", dynamic_ncols=True)
+            if sys.stderr.isatty()
+            else None
+        )
+        self._next_line = 0.0
+
+    def update(self, row: Mapping[str, float]) -> None:
+        """Show the metrics of a step."""
+        figures = (
+            f"loss {row['loss']:.4f}, {row['tokens_per_second']:.0f} tokens/s, {row['memory_mib']:.0f} MiB, "
+            f"ETA {timedelta(seconds=round(row['eta_seconds']))}"
+        )
+        step = int(row["step"])
+        if self._bar is not None:
+            self._bar.set_postfix_str(figures, refresh=False)
+            self._bar.update(step - self._bar.n)
+        elif time.monotonic() >= self._next_line or step == self.total_steps:
+            logger.info("step %d/%d: %s", step, self.total_steps, figures)
+            self._next_line = time.monotonic() + SECONDS_BETWEEN_LINES
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, str | int | float | bool]:
+    """Nested settings as dotted keys with plain values, which every tracker accepts."""
+    result: dict[str, str | int | float | bool] = {}
+    for key, value in nested.items():
+        if isinstance(value, Mapping):
+            result |= flat(value, f"{prefix}{key}.")
+        else:
+            result[f"{prefix}{key}"] = value if isinstance(value, (str, int, float, bool)) else str(value)
+    return result

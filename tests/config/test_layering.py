@@ -1,0 +1,127 @@
+"""A fault in the configuration is one line that names the file, the key and the nearest valid key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from stillhouse.config.layering import read_layer
+from stillhouse.runtime.errors import ConfigurationError
+from stillhouse.studies.configuration import Configuration, load_configuration
+
+DEFAULT = Path(__file__).resolve().parents[2] / "config" / "config.yaml"
+
+
+def load(tmp_path: Path, overrides: dict, command_line: dict | None = None) -> Configuration:
+    """Load the default file, a user's file and `--config`, merged as Snakemake merges them."""
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(yaml.safe_dump(overrides))
+    merged = yaml.safe_load(DEFAULT.read_text())
+    for layer in (overrides, command_line or {}):
+        update(merged, layer)
+    return load_configuration(merged, [DEFAULT, mine], command_line or {})
+
+
+def update(base: dict, other: dict) -> None:
+    for key, value in other.items():
+        if isinstance(value, dict) and isinstance(base.get(key), dict):
+            update(base[key], value)
+        else:
+            base[key] = value
+
+
+def study(**settings) -> dict:
+    return {"context_distillation": settings}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"context_distilation": {}}, "'context_distilation': unknown key: did you mean 'context_distillation'?"),
+        (
+            study(defaults={"training": {"learning_rat": 1}}),
+            "'context_distillation.defaults.training.learning_rat': unknown key: did you mean 'learning_rate'?",
+        ),
+        (
+            study(defaults={"training": {"steps": "many"}}),
+            "'context_distillation.defaults.training.steps': input should be a valid integer, unable to parse "
+            "string as an integer (given: 'many')",
+        ),
+        (
+            study(defaults={"training": {"lora": {"dropout": 1.5}}}),
+            "'context_distillation.defaults.training.lora.dropout': input should be less than 1 (given: 1.5)",
+        ),
+        (
+            study(defaults={"distillation": {"top_k": 512}}),
+            "'context_distillation.defaults': distillation.top_k (512) is above teacher.cache_top_k (256): "
+            "lower K or raise K_max",
+        ),
+        (study(conditions=["online_v2"]), "unknown condition 'online_v2': did you mean 'online_v1'?"),
+        (study(models=["smollm_135m"]), "unknown model 'smollm_135m': did you mean 'smollm2_135m'?"),
+        (study(task={"dataset": "gsm8k_package"}), "unknown data set 'gsm8k_package': did you mean 'gsm8k_packaged'?"),
+        ({"studies": ["latentwires"]}, "unknown study 'latentwires'"),
+        (
+            study(condition_settings={"kl_t1": {"distillation": {"temprature": 2}}}),
+            "'context_distillation.condition_settings.kl_t1.distillation.temprature': unknown key: "
+            "did you mean 'temperature'?",
+        ),
+        (
+            study(sweeps={"k": {"condition": "online_v1", "axes": {"distillation.topk": [16]}}}),
+            "'context_distillation.sweeps.online_v1+topk-16.distillation.topk': unknown key: did you mean 'top_k'?",
+        ),
+        (
+            study(defaults={"training": {"schedule": {"warmup_steps": 16}}}),
+            "schedule.warmup_steps (16) must be below steps (16)",
+        ),
+        (
+            study(condition_settings={"late": {"distillation": {"only_last_steps": 99}}}, conditions=["late"]),
+            "distillation.only_last_steps (99) is above training.steps (16)",
+        ),
+    ],
+)
+def test_a_fault_names_the_file_and_the_key(tmp_path: Path, overrides: dict, message: str) -> None:
+    with pytest.raises(ConfigurationError) as error:
+        load(tmp_path, overrides)
+    assert message in str(error.value)
+    assert str(error.value).startswith(str(tmp_path / "mine.yaml"))
+    assert "\n" not in str(error.value)
+
+
+def test_a_fault_on_the_command_line_names_the_command_line(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"^--config: 'context_distillation\.seeds"):
+        load(tmp_path, study(seeds=[1]), study(seeds="x"))
+
+
+def test_later_layers_win_and_interpolation_works(tmp_path: Path) -> None:
+    overrides = study(
+        defaults={"training": {"learning_rate": 1e-3, "lora": {"rank": 4, "alpha": "${.rank}"}}},
+        model_settings={"smollm2_135m": {"training": {"learning_rate": 2e-3}}},
+        condition_settings={"baseline": {"training": {"learning_rate": 3e-3}}},
+    )
+    config = load(tmp_path, overrides).context_distillation
+    assert config.run_settings("smollm2_135m", "online_v1").training.learning_rate == 2e-3
+    assert config.run_settings("smollm2_135m", "baseline").training.learning_rate == 3e-3
+    assert config.defaults.training.lora.alpha == 4
+
+
+def test_a_file_that_is_missing_or_no_yaml_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"absent\.yaml: does not exist"):
+        read_layer(tmp_path / "absent.yaml")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("a: [1")
+    with pytest.raises(ConfigurationError, match=r"broken\.yaml: is not valid YAML"):
+        read_layer(broken)
+
+
+def test_a_sweep_fans_out_and_its_points_share_the_cache(tmp_path: Path) -> None:
+    axes = {"distillation.weight": [0.1, 1.0], "distillation.top_k": [16, 256]}
+    config = load(tmp_path, study(sweeps={"grid": {"condition": "online_v1", "axes": axes}})).context_distillation
+    points = [name for name in config.trained_conditions if "+" in name]
+    assert points == [
+        "online_v1+weight-0.1+top_k-16", "online_v1+weight-0.1+top_k-256",
+        "online_v1+weight-1.0+top_k-16", "online_v1+weight-1.0+top_k-256",
+    ]  # fmt: skip
+    caches = {config.run_settings("smollm2_135m", name).cache.name for name in (*points, "online_v1")}
+    assert len(caches) == 1

@@ -1,0 +1,25 @@
+"""Fixtures of the whole suite: no hub, two threads, and a tiny model with a tokenizer that is made once."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Before any library reads them: tests never reach a hub, and two torch processes share two cores badly.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of two layers with its own tokenizer, as a materialised model directory."""
+    from support.tiny_models import make_tiny_llama
+
+    directory = tmp_path_factory.mktemp("models") / "tiny"
+    make_tiny_llama(directory)
+    return directory

@@ -1,0 +1,39 @@
+"""A step's command line reads back exactly what the workflow wrote, and names what it does not know."""
+
+from __future__ import annotations
+
+import pytest
+
+from stillhouse.runtime.commands import dotted_arguments, parse_settings
+from stillhouse.runtime.errors import ConfigurationError
+from stillhouse.studies.context_distillation.config import CONDITIONS, ContextDistillationConfig, RunSettings
+
+
+@pytest.mark.parametrize("condition", CONDITIONS)
+def test_settings_survive_the_command_line(condition: str) -> None:
+    run = ContextDistillationConfig(conditions=(condition,)).run_settings("smollm2_135m", condition)
+    arguments = dotted_arguments(run.model_dump(mode="json"))
+    assert parse_settings(RunSettings, arguments) == run
+    assert arguments == sorted(arguments)
+
+
+@pytest.mark.parametrize("text", ["1e-4", "true", "null", "a: b, c", "it's", "", "${x}", "[1]", "0x10", "2026-11-21", " "])
+def test_awkward_strings_survive_the_command_line(text: str) -> None:
+    from stillhouse.config.base import StrictModel
+
+    class One(StrictModel):
+        value: str
+        values: tuple[str, ...]
+
+    one = One(value=text, values=(text, "x"))
+    assert parse_settings(One, dotted_arguments(one.model_dump(mode="json"))) == one
+
+
+def test_an_unknown_key_names_the_nearest() -> None:
+    with pytest.raises(ConfigurationError, match=r"command line: 'training\.step': unknown key: did you mean 'steps'\?"):
+        parse_settings(RunSettings, ["training.step=3"])
+
+
+def test_an_argument_without_a_value_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="'training' is not of the form key=value"):
+        parse_settings(RunSettings, ["training"])

@@ -1,0 +1,75 @@
+"""Files are whole or absent, and a damaged directory is named."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+
+from stillhouse.runtime.errors import UserError
+from stillhouse.runtime.files import (
+    atomic_write_text,
+    disk_errors,
+    read_json,
+    staged_directory,
+    verify_manifest,
+    write_manifest,
+)
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "value.txt"
+    atomic_write_text(path, "old")
+
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(UserError, match=r"value\.txt: the disk is full .* what was finished is kept"):
+        atomic_write_text(path, "new")
+    assert path.read_text() == "old"
+    assert [file.name for file in tmp_path.iterdir()] == ["value.txt"]
+
+
+def test_a_directory_without_permission_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be written"), disk_errors(tmp_path / "x"):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+
+def test_a_staged_directory_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    final = tmp_path / "output"
+    with pytest.raises(RuntimeError), staged_directory(final) as staging:
+        (staging / "half").write_text("x")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    with staged_directory(final) as staging:
+        (staging / "whole").write_text("x")
+        assert not final.exists()
+    assert [path.name for path in final.iterdir()] == ["whole"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda file: file.unlink(), "is missing"),
+        (lambda file: file.write_bytes(b"ab"), "has 2 bytes, not 3"),
+        (lambda file: file.write_bytes(b"abX"), "is corrupt"),
+    ],
+)
+def test_a_damaged_directory_names_the_file_and_the_remedy(tmp_path: Path, damage, message: str) -> None:
+    (tmp_path / "shard.bin").write_bytes(b"abc")
+    write_manifest(tmp_path)
+    verify_manifest(tmp_path)
+    damage(tmp_path / "shard.bin")
+    with pytest.raises(UserError, match=rf"shard\.bin: {message}.*: delete .* and run the same command again"):
+        verify_manifest(tmp_path)
+
+
+def test_damaged_json_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    path.write_text("{")
+    with pytest.raises(UserError, match=r"run\.json: is not valid JSON"):
+        read_json(path)
+    with pytest.raises(UserError, match=r"absent\.json: does not exist"):
+        read_json(tmp_path / "absent.json")
