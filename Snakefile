@@ -18,12 +18,12 @@ include: "rules/report.smk"
 
 
 wildcard_constraints:
-    model=alternatives(CONFIGURATION.models),
-    dataset=alternatives(CONFIGURATION.datasets),
-    condition=r"[A-Za-z0-9_.+-]+",
+    model=r"[^/]+",
+    dataset=r"[^/]+",
+    condition=r"[^/]+",
     seed=r"\d+",
-    cache=r"[a-z0-9_-]+",
-    figure=r"[a-z_]+",
+    cache=r"[^/]+",
+    figure=r"[^/]+",
 
 
 rule all:

@@ -2,11 +2,13 @@
 
 
 def model_settings(wildcards):
-    return settings(kind="model", name=wildcards.model, entry=CONFIGURATION.models[wildcards.model])
+    name = known("model", wildcards.model, CONFIGURATION.models)
+    return settings(kind="model", name=name, entry=CONFIGURATION.models[name].materialise_settings())
 
 
 def dataset_settings(wildcards):
-    return settings(kind="dataset", name=wildcards.dataset, entry=CONFIGURATION.datasets[wildcards.dataset])
+    name = known("data set", wildcards.dataset, CONFIGURATION.datasets)
+    return settings(kind="dataset", name=name, entry=CONFIGURATION.datasets[name].materialise_settings())
 
 
 rule model:
@@ -17,13 +19,13 @@ rule model:
         "logs/assets/model/{model}.log",
     benchmark:
         "logs/benchmarks/assets/model/{model}.jsonl"
-    params:
-        settings=model_settings,
-        code=code_digests("stillhouse.assets.materialise"),
     threads: RESOURCES.assets.threads
     resources:
         mem_mb=RESOURCES.assets.memory_mb,
         runtime=RESOURCES.assets.runtime_minutes,
+    params:
+        settings=model_settings,
+        code=code_digests("stillhouse.assets.materialise"),
     shell:
         "python -m stillhouse.assets.materialise output={output:q} {params.settings:q} 2>&1 | tee {log:q}"
 
@@ -36,12 +38,12 @@ rule dataset:
         "logs/assets/dataset/{dataset}.log",
     benchmark:
         "logs/benchmarks/assets/dataset/{dataset}.jsonl"
-    params:
-        settings=dataset_settings,
-        code=code_digests("stillhouse.assets.materialise"),
     threads: 1
     resources:
         mem_mb=RESOURCES.assets.memory_mb,
         runtime=RESOURCES.assets.runtime_minutes,
+    params:
+        settings=dataset_settings,
+        code=code_digests("stillhouse.assets.materialise"),
     shell:
         "python -m stillhouse.assets.materialise output={output:q} {params.settings:q} 2>&1 | tee {log:q}"

@@ -1,10 +1,10 @@
 # What every rules file uses: the validated configuration, params that track settings and code, the launch of steps.
 
-import re
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
+from stillhouse.config.layering import nearest
 from stillhouse.runtime.code_digests import code_digests
 from stillhouse.runtime.commands import dotted_arguments
 from stillhouse.runtime.errors import ConfigurationError
@@ -13,9 +13,12 @@ from stillhouse.studies.configuration import load_configuration
 
 def configuration():
     """The validated configuration; a fault in it ends the workflow with one line, before any work starts."""
+    given = workflow.config_settings.configfiles
+    default = [path for path in workflow.configfiles if path not in given]
     try:
-        files = [Path(path) for path in workflow.configfiles]
-        return load_configuration(config, files, workflow.overwrite_config)
+        return load_configuration(
+            config, [Path(path) for path in (*default, *given)], workflow.config_settings.config
+        )
     except ConfigurationError as error:
         raise WorkflowError(f"configuration: {error}") from None
 
@@ -24,9 +27,13 @@ CONFIGURATION = configuration()
 RESOURCES = CONFIGURATION.resources
 
 
-def alternatives(names):
-    """A wildcard constraint that admits exactly `names`."""
-    return "|".join(re.escape(name) for name in sorted(names))
+def known(what, name, valid):
+    """`name` itself; a name that is not among the `valid` ones is refused with the nearest."""
+    if name not in valid:
+        raise WorkflowError(
+            f"unknown {what} '{name}': {nearest(name, list(valid), f'{what}s')}"
+        )
+    return name
 
 
 def settings(**leaves):

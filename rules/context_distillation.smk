@@ -2,7 +2,13 @@
 
 CONTEXT = CONFIGURATION.context_distillation
 CONTEXT_RESULTS = "results/context_distillation"
-CONTEXT_FIGURES = ("summary", "checkpoint_curve", "ablation_curve", "ablation_bars", "loss")
+CONTEXT_FIGURES = (
+    "summary",
+    "checkpoint_curve",
+    "ablation_curve",
+    "ablation_bars",
+    "loss",
+)
 CONTEXT_DATA = f"{CONTEXT_RESULTS}/data/{CONTEXT.task.dataset}"
 CONTEXT_STUDENTS = [
     f"{CONTEXT_RESULTS}/{{model}}/students/{condition}/seed_{seed}"
@@ -11,15 +17,13 @@ CONTEXT_STUDENTS = [
 ]
 CONTEXT_EVALUATION = f"{CONTEXT_RESULTS}/{{model}}/evaluation"
 
-CONTEXT_EVALUATIONS = expand(
-    [f"{CONTEXT_EVALUATION}/results.json", f"{CONTEXT_EVALUATION}/items.parquet"], model=CONTEXT.models
-)
-
 CONTEXT_DISTILLATION_TARGETS = {
     "data": [CONTEXT_DATA],
     "students": expand(CONTEXT_STUDENTS, model=CONTEXT.models),
     "evaluations": expand(f"{CONTEXT_EVALUATION}/results.json", model=CONTEXT.models),
-    "figures": expand("results/figures/context_distillation/{figure}.png", figure=CONTEXT_FIGURES),
+    "figures": expand(
+        "results/figures/context_distillation/{figure}.png", figure=CONTEXT_FIGURES
+    ),
     "section": ["results/context_distillation/section.md"],
     "records": [
         *expand("resources/models/{model}", model=CONTEXT.models),
@@ -44,7 +48,8 @@ def context_split_settings(wildcards):
 
 def context_cache_inputs(wildcards):
     """What a teacher cache reads: the teaching model, its task LoRA where asked, the student's tokenizer, the data."""
-    cache = CONTEXT.caches(wildcards.model)[wildcards.cache]
+    caches = CONTEXT.caches(wildcards.model)
+    cache = caches[known("teacher cache", wildcards.cache, caches)]
     inputs = {
         "data": CONTEXT_DATA,
         "student": f"resources/models/{wildcards.model}",
@@ -63,10 +68,13 @@ def context_cache_settings(wildcards):
 
 def context_train_inputs(wildcards):
     """What a student reads: its model, the data, and the cached targets of its teacher."""
+    known("condition", wildcards.condition, CONTEXT.trained_conditions)
     run = CONTEXT.run_settings(wildcards.model, wildcards.condition)
     inputs = {"model": f"resources/models/{wildcards.model}", "data": CONTEXT_DATA}
     if run.cache:
-        inputs["cache"] = f"{CONTEXT_RESULTS}/{wildcards.model}/teacher_cache/{run.cache.name}"
+        inputs["cache"] = (
+            f"{CONTEXT_RESULTS}/{wildcards.model}/teacher_cache/{run.cache.name}"
+        )
     return inputs
 
 
@@ -74,7 +82,7 @@ def context_train_settings(wildcards):
     return settings(
         condition=wildcards.condition,
         seed=int(wildcards.seed),
-        run=CONTEXT.run_settings(wildcards.model, wildcards.condition),
+        run=CONTEXT.run_settings(wildcards.model, wildcards.condition).leaves(),
         tracking=CONFIGURATION.tracking,
         trust_remote_code=CONFIGURATION.models[wildcards.model].trust_remote_code,
     )
@@ -84,7 +92,7 @@ def context_task_teacher_settings(wildcards):
     return settings(
         condition="task_teacher",
         seed=CONTEXT.seeds[0],
-        run=CONTEXT.task_teacher_settings(wildcards.model),
+        run=CONTEXT.task_teacher_settings(wildcards.model).leaves(),
         tracking=CONFIGURATION.tracking,
         trust_remote_code=CONFIGURATION.models[wildcards.model].trust_remote_code,
     )
@@ -97,8 +105,9 @@ def context_evaluate_settings(wildcards):
         model_note=entry.note,
         dataset=CONTEXT.task.dataset,
         dataset_note=CONFIGURATION.datasets[CONTEXT.task.dataset].note,
+        task=CONFIGURATION.datasets[CONTEXT.task.dataset].task,
         conditions=CONTEXT.conditions,
-        prompt_format=CONTEXT.evaluation_format(wildcards.model),
+        prompt_format=CONTEXT.defaults.prompt_format,
         evaluation=CONTEXT.evaluation,
         served_by_vllm=entry.vllm,
         trust_remote_code=entry.trust_remote_code,
@@ -107,14 +116,19 @@ def context_evaluate_settings(wildcards):
 
 def context_figure_inputs(wildcards):
     """What a figure reads: the evaluations, and for the loss the students' training curves."""
-    inputs = {"evaluations": expand(CONTEXT_EVALUATION, model=CONTEXT.models)}
-    if wildcards.figure == "loss":
-        inputs = {"students": expand(CONTEXT_STUDENTS, model=CONTEXT.models)}
-    return inputs
+    if known("figure", wildcards.figure, CONTEXT_FIGURES) == "loss":
+        return {"students": expand(CONTEXT_STUDENTS, model=CONTEXT.models)}
+    return {
+        "results": expand(f"{CONTEXT_EVALUATION}/results.json", model=CONTEXT.models),
+        "item_scores": expand(f"{CONTEXT_EVALUATION}/items.parquet", model=CONTEXT.models),
+    }
 
 
 def context_figure_code(wildcards):
-    return code_digests(f"stillhouse.studies.context_distillation.figures.{wildcards.figure}")
+    known("figure", wildcards.figure, CONTEXT_FIGURES)
+    return code_digests(
+        f"stillhouse.studies.context_distillation.figures.{wildcards.figure}"
+    )
 
 
 rule context_distillation_split:
@@ -127,14 +141,14 @@ rule context_distillation_split:
         "logs/context_distillation/split/{dataset}.log",
     benchmark:
         "logs/benchmarks/context_distillation/split/{dataset}.jsonl"
-    params:
-        inputs=named_inputs,
-        settings=context_split_settings,
-        code=code_digests("stillhouse.data.split"),
     threads: 1
     resources:
         mem_mb=2000,
         runtime=10,
+    params:
+        inputs=named_inputs,
+        settings=context_split_settings,
+        code=code_digests("stillhouse.data.split"),
     shell:
         "python -m stillhouse.data.split {params.inputs:q} output={output:q} "
         "{params.settings:q} 2>&1 | tee {log:q}"
@@ -151,15 +165,15 @@ rule context_distillation_task_teacher:
         "logs/context_distillation/{model}/task_teacher.log",
     benchmark:
         "logs/benchmarks/context_distillation/{model}/task_teacher.jsonl"
-    params:
-        inputs=named_inputs,
-        settings=context_task_teacher_settings,
-        code=code_digests("stillhouse.studies.context_distillation.train"),
     threads: RESOURCES.training.threads
     resources:
         gpu=RESOURCES.training.gpus,
         mem_mb=RESOURCES.training.memory_mb,
         runtime=RESOURCES.training.runtime_minutes,
+    params:
+        inputs=named_inputs,
+        settings=context_task_teacher_settings,
+        code=code_digests("stillhouse.studies.context_distillation.train"),
     shell:
         f"{LEASE} --at-most --distributed {{resources.gpu}} -- "
         "python -m stillhouse.studies.context_distillation.train {params.inputs:q} output={output:q} "
@@ -177,15 +191,15 @@ rule context_distillation_teacher_cache:
         "logs/context_distillation/{model}/teacher_cache/{cache}.log",
     benchmark:
         "logs/benchmarks/context_distillation/{model}/teacher_cache/{cache}.jsonl"
-    params:
-        inputs=named_inputs,
-        settings=context_cache_settings,
-        code=code_digests("stillhouse.studies.context_distillation.teacher"),
     threads: RESOURCES.teacher_cache.threads
     resources:
         gpu=1,
         mem_mb=RESOURCES.teacher_cache.memory_mb,
         runtime=RESOURCES.teacher_cache.runtime_minutes,
+    params:
+        inputs=named_inputs,
+        settings=context_cache_settings,
+        code=code_digests("stillhouse.studies.context_distillation.teacher"),
     shell:
         f"{LEASE} --at-most {{resources.gpu}} -- "
         "python -m stillhouse.studies.context_distillation.teacher {params.inputs:q} output={output:q} "
@@ -203,15 +217,15 @@ rule context_distillation_train:
         "logs/context_distillation/{model}/students/{condition}/seed_{seed}.log",
     benchmark:
         "logs/benchmarks/context_distillation/{model}/students/{condition}/seed_{seed}.jsonl"
-    params:
-        inputs=named_inputs,
-        settings=context_train_settings,
-        code=code_digests("stillhouse.studies.context_distillation.train"),
     threads: RESOURCES.training.threads
     resources:
         gpu=RESOURCES.training.gpus,
         mem_mb=RESOURCES.training.memory_mb,
         runtime=RESOURCES.training.runtime_minutes,
+    params:
+        inputs=named_inputs,
+        settings=context_train_settings,
+        code=code_digests("stillhouse.studies.context_distillation.train"),
     shell:
         f"{LEASE} --at-most --distributed {{resources.gpu}} -- "
         "python -m stillhouse.studies.context_distillation.train {params.inputs:q} output={output:q} "
@@ -227,24 +241,24 @@ rule context_distillation_evaluate:
         students=CONTEXT_STUDENTS,
     output:
         results=f"{CONTEXT_EVALUATION}/results.json",
-        items=f"{CONTEXT_EVALUATION}/items.parquet",
+        item_scores=f"{CONTEXT_EVALUATION}/items.parquet",
         record=f"{CONTEXT_EVALUATION}/run.json",
     log:
         "logs/context_distillation/{model}/evaluation.log",
     benchmark:
         "logs/benchmarks/context_distillation/{model}/evaluation.jsonl"
-    params:
-        inputs=named_inputs,
-        settings=context_evaluate_settings,
-        code=code_digests("stillhouse.studies.context_distillation.evaluate"),
     threads: RESOURCES.evaluation.threads
     resources:
         gpu=RESOURCES.evaluation.gpus,
         mem_mb=RESOURCES.evaluation.memory_mb,
         runtime=RESOURCES.evaluation.runtime_minutes,
+    params:
+        inputs=named_inputs,
+        settings=context_evaluate_settings,
+        code=code_digests("stillhouse.studies.context_distillation.evaluate"),
     shell:
         f"{LEASE} --at-most {{resources.gpu}} -- "
-        "python -m stillhouse.studies.context_distillation.evaluate {params.inputs:q} results={output.results:q} items={output.items:q} record={output.record:q} "
+        "python -m stillhouse.studies.context_distillation.evaluate {params.inputs:q} results={output.results:q} item_scores={output.item_scores:q} record={output.record:q} "
         "work=work/context_distillation/{wildcards.model}/evaluation "
         "{params.settings:q} 2>&1 | tee {log:q}"
 
@@ -265,13 +279,13 @@ rule context_distillation_figure:
         "logs/context_distillation/figures/{figure}.log",
     benchmark:
         "logs/benchmarks/context_distillation/figures/{figure}.jsonl"
-    params:
-        inputs=named_inputs,
-        code=context_figure_code,
     threads: 1
     resources:
         mem_mb=2000,
         runtime=10,
+    params:
+        inputs=named_inputs,
+        code=context_figure_code,
     shell:
         "python -m stillhouse.studies.context_distillation.figures.{wildcards.figure} {params.inputs:q} output={output.png:q} "
         "2>&1 | tee {log:q}"
@@ -280,8 +294,8 @@ rule context_distillation_figure:
 rule context_distillation_report:
     """Make the study's tables (CSV and LaTeX) and its section of results.md."""
     input:
-        evaluations=expand(f"{CONTEXT_EVALUATION}/results.json", model=CONTEXT.models),
-        items=expand(f"{CONTEXT_EVALUATION}/items.parquet", model=CONTEXT.models),
+        results=expand(f"{CONTEXT_EVALUATION}/results.json", model=CONTEXT.models),
+        item_scores=expand(f"{CONTEXT_EVALUATION}/items.parquet", model=CONTEXT.models),
     output:
         section="results/context_distillation/section.md",
         tables=directory("results/tables/context_distillation"),
@@ -289,13 +303,13 @@ rule context_distillation_report:
         "logs/context_distillation/report.log",
     benchmark:
         "logs/benchmarks/context_distillation/report.jsonl"
-    params:
-        inputs=named_inputs,
-        code=code_digests("stillhouse.studies.context_distillation.report"),
     threads: 1
     resources:
         mem_mb=2000,
         runtime=10,
+    params:
+        inputs=named_inputs,
+        code=code_digests("stillhouse.studies.context_distillation.report"),
     shell:
         "python -m stillhouse.studies.context_distillation.report {params.inputs:q} section={output.section:q} tables={output.tables:q} "
         "2>&1 | tee {log:q}"

@@ -10,16 +10,16 @@ rule results_page:
         "results/results.md",
     log:
         "logs/results_page.log",
+    threads: 1
+    resources:
+        mem_mb=2000,
+        runtime=10,
     params:
         inputs=named_inputs,
         settings=settings(
             gpu_hour_price=RESOURCES.gpu_hour_price, currency=RESOURCES.currency
         ),
         code=code_digests("stillhouse.reporting.results_page"),
-    threads: 1
-    resources:
-        mem_mb=2000,
-        runtime=10,
     shell:
         "python -m stillhouse.reporting.results_page {params.inputs:q} output={output:q} "
         "{params.settings:q} 2>&1 | tee {log:q}"

@@ -48,7 +48,7 @@ class LeaseError(Exception):
 
 @dataclass(frozen=True)
 class Node:
-    """This machine's GPUs by UUID, in PCI bus order, and `{pid: MiB}` of the compute processes on one."""
+    """A machine's GPUs by UUID, in PCI bus order, and `{pid: MiB}` of the compute processes on one."""
 
     devices: list[str]
     occupants: Callable[[str], dict[int, int]]
@@ -108,7 +108,7 @@ def open_lock_directory() -> int:
     path = os.environ.get("STILLHOUSE_LOCK_DIR") or SHARED_LOCK_DIRECTORY
     try:
         with contextlib.suppress(FileExistsError):
-            os.mkdir(path, 0o1777)
+            Path(path).mkdir(0o1777)
         return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError as error:
         raise LeaseError(f"lock directory {path}: {error.strerror}; {REMEDY}") from None
@@ -195,7 +195,7 @@ def grant(options: argparse.Namespace) -> int:
     if not node.devices or given in ([], ["-1"], ["NoDevFiles"]):
         return 0
     available = len(node.devices if given is None else given)
-    count = min(options.count, available) if options.at_most else options.count
+    count: int = min(options.count, available) if options.at_most else options.count
     if available < count:
         remedy = "lower the rule's gpu resource or use a larger node"
         raise LeaseError(f"the job needs {gpus(count)}, but this node offers it {gpus(available)}: {remedy}")

@@ -39,7 +39,10 @@ def study(**settings) -> dict:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"context_distilation": {}}, "'context_distilation': unknown key: did you mean 'context_distillation'?"),
+        (
+            {"context_distilation": {}},
+            "'context_distilation': unknown key: did you mean 'context_distillation'?",
+        ),
         (
             study(defaults={"training": {"learning_rat": 1}}),
             "'context_distillation.defaults.training.learning_rat': unknown key: did you mean 'learning_rate'?",
@@ -60,7 +63,10 @@ def study(**settings) -> dict:
         ),
         (study(conditions=["online_v2"]), "unknown condition 'online_v2': did you mean 'online_v1'?"),
         (study(models=["smollm_135m"]), "unknown model 'smollm_135m': did you mean 'smollm2_135m'?"),
-        (study(task={"dataset": "gsm8k_package"}), "unknown data set 'gsm8k_package': did you mean 'gsm8k_packaged'?"),
+        (
+            study(task={"dataset": "gsm8k_package"}),
+            "unknown data set 'gsm8k_package': did you mean 'gsm8k_packaged'?",
+        ),
         ({"studies": ["latentwires"]}, "unknown study 'latentwires'"),
         (
             study(condition_settings={"kl_t1": {"distillation": {"temprature": 2}}}),

@@ -32,7 +32,12 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def digests(module: str = "stillhouse.a.step") -> dict[str, str]:
-    for function in (subject.import_closure, subject._syntax_tree, subject._first_party_imports, subject._module_digest):
+    for function in (
+        subject.import_closure,
+        subject._syntax_tree,
+        subject._first_party_imports,
+        subject._module_digest,
+    ):
         function.cache_clear()
     return subject.code_digests(module)
 
@@ -40,7 +45,12 @@ def digests(module: str = "stillhouse.a.step") -> dict[str, str]:
 @pytest.fixture(autouse=True)
 def forget_the_test_package():
     yield
-    for function in (subject.import_closure, subject._syntax_tree, subject._first_party_imports, subject._module_digest):
+    for function in (
+        subject.import_closure,
+        subject._syntax_tree,
+        subject._first_party_imports,
+        subject._module_digest,
+    ):
         function.cache_clear()
 
 
@@ -52,7 +62,11 @@ def test_the_closure_follows_absolute_and_relative_imports_and_leaves_strangers_
 
 @pytest.mark.parametrize(
     ("old", "new"),
-    [("return 42", "return 42  # why"), ('"""Doc."""', '"""Other words."""'), ("return 42", "return (\n        42\n    )")],
+    [
+        ("return 42", "return 42  # why"),
+        ('"""Doc."""', '"""Other words."""'),
+        ("return 42", "return (\n        42\n    )"),
+    ],
 )
 def test_comments_docstrings_and_formatting_change_nothing(package: Path, old: str, new: str) -> None:
     before = digests()

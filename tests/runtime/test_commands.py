@@ -17,7 +17,9 @@ def test_settings_survive_the_command_line(condition: str) -> None:
     assert arguments == sorted(arguments)
 
 
-@pytest.mark.parametrize("text", ["1e-4", "true", "null", "a: b, c", "it's", "", "${x}", "[1]", "0x10", "2026-11-21", " "])
+@pytest.mark.parametrize(
+    "text", ["1e-4", "true", "null", "a: b, c", "it's", "", "${x}", "[1]", "0x10", "2026-11-21", " "]
+)
 def test_awkward_strings_survive_the_command_line(text: str) -> None:
     from stillhouse.config.base import StrictModel
 
@@ -30,7 +32,9 @@ def test_awkward_strings_survive_the_command_line(text: str) -> None:
 
 
 def test_an_unknown_key_names_the_nearest() -> None:
-    with pytest.raises(ConfigurationError, match=r"command line: 'training\.step': unknown key: did you mean 'steps'\?"):
+    with pytest.raises(
+        ConfigurationError, match=r"command line: 'training\.step': unknown key: did you mean 'steps'\?"
+    ):
         parse_settings(RunSettings, ["training.step=3"])
 
 

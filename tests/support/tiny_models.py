@@ -1,7 +1,7 @@
 """A tiny random Llama with a real tokenizer, made in under a second, for tests that need a model directory.
 
-The tokenizer is byte-level BPE, trained here on a few made-up word problems, with a ChatML template; the directory
-has the layout of a materialised asset (transformers files and a manifest).
+The tokenizer is byte-level BPE, trained here on a few made-up word problems, with a ChatML template; the
+directory has the layout of a materialised asset (transformers files and a manifest).
 """
 
 from __future__ import annotations
@@ -33,19 +33,21 @@ def word_problems(count: int, seed: int = 0) -> list[dict[str, str]]:
         name = generator.choice(["Ada", "Ben", "Chen", "Dora"])
         thing = generator.choice(["apples", "books", "coins"])
         first, second = generator.randint(1, 20), generator.randint(1, 20)
+        total = first + second
         problems.append(
             {
                 "id": f"problem-{index:04d}",
-                "question": f"{name} has {first} {thing} and buys {second} more. How many {thing} does {name} have?",
-                "answer": f"{name} has {first} + {second} = <<{first}+{second}={first + second}>>{first + second} "
-                f"{thing}.\n#### {first + second}",
+                "question": f"{name} has {first} {thing} and buys {second} more. "
+                f"How many {thing} does {name} have?",
+                "answer": f"{name} has {first} + {second} = <<{first}+{second}={total}>>{total} {thing}.\n"
+                f"#### {total}",
             }
         )
     return problems
 
 
 def make_tiny_tokenizer(vocab_size: int = 384) -> PreTrainedTokenizerFast:
-    """Byte-level BPE of at most `vocab_size` entries; pads with `<|endoftext|>`, ends a turn with `<|im_end|>`."""
+    """Byte-level BPE of `vocab_size` entries; pads with `<|endoftext|>`, ends a turn with `<|im_end|>`."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -55,7 +57,8 @@ def make_tiny_tokenizer(vocab_size: int = 384) -> PreTrainedTokenizerFast:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    texts = [f"Question: {problem['question']}\nAnswer: {problem['answer']}" for problem in word_problems(256)]
+    problems = word_problems(256)
+    texts = [f"Question: {problem['question']}\nAnswer: {problem['answer']}" for problem in problems]
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -85,14 +88,17 @@ def tiny_llama_config(vocab_size: int = 384) -> LlamaConfig:
     )
 
 
-def make_tiny_llama(directory: Path, vocab_size: int = 384, seed: int = 0, chat_template: bool = True) -> Path:
-    """Write the tiny model, its tokenizer and a manifest to `directory` (made if missing), which is returned."""
+def make_tiny_llama(
+    directory: Path, vocab_size: int = 384, seed: int = 0, chat_template: bool = True
+) -> Path:
+    """Write the tiny model, its tokenizer and a manifest to `directory`, which is made and returned."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(tiny_llama_config(vocab_size))
-    # Larger than the default initialisation, so that logits differ enough for greedy decoding to be unambiguous.
+    # Larger than the default initialisation, so that logits differ enough for greedy decoding to be
+    # unambiguous.
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:

@@ -92,8 +92,9 @@ def end(process: subprocess.Popen[str]) -> None:
 
 def test_twenty_concurrent_jobs_of_mixed_sizes_are_always_disjoint_and_all_finish(machine):
     # Each device is a directory while in use: mkdir fails if two jobs ever share one.
-    job = 'for d in $(echo "$CUDA_VISIBLE_DEVICES" | tr , " "); do mkdir "busy-$d" || exit 3; done; sleep 0.05; '
-    job += 'rmdir $(echo "busy-$CUDA_VISIBLE_DEVICES" | sed "s/,/ busy-/g"); echo "$CUDA_VISIBLE_DEVICES"'
+    job = 'for d in $(echo "$CUDA_VISIBLE_DEVICES" | tr , " "); do mkdir "busy-$d" || exit 3; done; '
+    job += 'sleep 0.05; rmdir $(echo "busy-$CUDA_VISIBLE_DEVICES" | sed "s/,/ busy-/g"); '
+    job += 'echo "$CUDA_VISIBLE_DEVICES"'
     sizes = [1, 2, 3, 4] * 5
     jobs = [machine.start(str(size), "--", "sh", "-c", job) for size in sizes]
     results = [process.communicate(timeout=30) for process in jobs]

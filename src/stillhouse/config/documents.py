@@ -106,6 +106,8 @@ def _meaning(field: FieldInfo) -> str:
 
 
 def _description(field: FieldInfo, value: Any) -> str:
-    return field.description or (type(value).__doc__ or "").strip() if isinstance(value, BaseModel) else (
-        field.description or ""
+    return (
+        field.description or (type(value).__doc__ or "").strip()
+        if isinstance(value, BaseModel)
+        else (field.description or "")
     )

@@ -43,7 +43,8 @@ def read_layer(path: Path) -> Layer:
         raise ConfigurationError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ConfigurationError(f"{path}: must hold a mapping of keys to values at the top")
-    return Layer(str(path), values)
+    shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+    return Layer(str(shown), values)
 
 
 def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
@@ -53,21 +54,14 @@ def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
     return {str(key): value for key, value in merged.items()}
 
 
-def validate_layers(model: type[Model], layers: Sequence[Layer]) -> Model:
-    """Merge `layers` over the model's defaults and validate; raises `ConfigurationError` naming file and key."""
+def validate(model: type[Model], values: Mapping[str, Any], layers: Sequence[Layer]) -> Model:
+    """Resolve and validate what was merged from `layers`; raises `ConfigurationError` naming file and key."""
     try:
-        merged = merge(*(layer.values for layer in layers))
+        return model.model_validate(merge(values))
     except OmegaConfBaseException as error:
         raise ConfigurationError(f"{layers[-1].name}: {' '.join(str(error).split())}") from None
-    return validate(model, merged, layers)
-
-
-def validate(model: type[Model], values: Mapping[str, Any], layers: Sequence[Layer], prefix: Location = ()) -> Model:
-    """Validate merged `values`; `prefix` is where they stand in the whole configuration."""
-    try:
-        return model.model_validate(values)
     except ValidationError as error:
-        raise ConfigurationError(explain_validation_error(error, model, layers, prefix)) from None
+        raise ConfigurationError(explain_validation_error(error, model, layers)) from None
 
 
 def relocated(error: ValidationError, model: type[BaseModel], prefix: Location) -> SettingError:
@@ -76,13 +70,11 @@ def relocated(error: ValidationError, model: type[BaseModel], prefix: Location) 
     return SettingError((*prefix, *location), text)
 
 
-def explain_validation_error(
-    error: ValidationError, model: type[BaseModel], source: str | Sequence[Layer], prefix: Location = ()
-) -> str:
+def explain_validation_error(error: ValidationError, model: type[BaseModel], source: str | Sequence[Layer]) -> str:
     """One line for the first fault: source, dotted key, what is wrong, and the nearest valid key of a misspelt one."""
     location, text = _first_fault(error, model)
-    where = source if isinstance(source, str) else _last_layer_with((*prefix, *location), source)
-    key = ".".join(str(part) for part in (*prefix, *location)) or "(top level)"
+    where = source if isinstance(source, str) else _last_layer_with(location, source)
+    key = ".".join(str(part) for part in location) or "(top level)"
     others = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     return f"{where}: '{key}': {text}{others}"
 
@@ -123,12 +115,10 @@ def _last_layer_with(location: Location, layers: Sequence[Layer]) -> str:
 
 def _contains(values: Any, location: Location) -> bool:
     for part in location:
-        if isinstance(values, Mapping) and part in values:
-            values = values[part]
-        elif isinstance(values, list) and isinstance(part, int) and part < len(values):
-            values = values[part]
-        else:
+        keys: Any = range(len(values)) if isinstance(values, list) else values
+        if not isinstance(values, (list, Mapping)) or part not in keys:
             return False
+        values = values[part]
     return True
 
 

@@ -26,6 +26,7 @@ class ResourceSettings(StrictModel):
     evaluation: JobResources = JobResources()
     assets: JobResources = JobResources(runtime_minutes=120)
     gpu_hour_price: Annotated[
-        float, Field(ge=0, description="Price of one GPU hour, for the cost column of results.md; 0 leaves it out.")
+        float,
+        Field(ge=0, description="Price of one GPU hour, for the cost column of results.md; 0 leaves it out."),
     ] = 0.0
     currency: str = "USD"

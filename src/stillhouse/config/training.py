@@ -53,7 +53,8 @@ class TrainingSettings(StrictModel):
     steps: Annotated[int, Field(ge=1, description="Optimiser updates.")] = 1000
     batch_size: Annotated[int, Field(ge=1, description="Examples per optimiser update, over all processes.")] = 32
     micro_batch_tokens: Annotated[
-        int, Field(ge=1, description="Token budget of one forward pass; changes speed and memory, not results.")
+        int,
+        Field(ge=1, description="Token budget of one forward pass; changes speed and memory, not results."),
     ] = 8192
     packing: Annotated[bool, Field(description="Pack sequences into one row; false pads them.")] = True
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
@@ -75,9 +76,7 @@ class TrainingSettings(StrictModel):
     def warmup_ends_before_training_does(self) -> TrainingSettings:
         """Refuse a warm-up longer than the run."""
         if self.schedule.warmup_steps >= self.steps:
-            raise ValueError(
-                f"schedule.warmup_steps ({self.schedule.warmup_steps}) must be below steps ({self.steps})"
-            )
+            raise ValueError(f"schedule.warmup_steps ({self.schedule.warmup_steps}) must be below steps ({self.steps})")
         return self
 
     @property

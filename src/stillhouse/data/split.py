@@ -55,10 +55,7 @@ def main(step: SplitStep) -> None:
 
 def write_problems(path: Path, problems: list[MathProblem]) -> None:
     """Write problems as JSON lines, in the order given."""
-    lines = [
-        json.dumps({"id": p.id, "question": p.question, "answer": p.answer}, ensure_ascii=False)
-        for p in problems
-    ]
+    lines = [json.dumps({"id": p.id, "question": p.question, "answer": p.answer}, ensure_ascii=False) for p in problems]
     atomic_write_text(path, "\n".join(lines) + "\n")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,8 +27,9 @@ def load_model(
 ) -> PreTrainedModel:
     """Load a causal language model, in evaluation mode, onto `device` (default: the GPU where there is one).
 
-    `master_weights` keeps the weights in fp32 whatever the precision: full fine-tuning needs it, since loading in
-    bf16 and casting back would lose bits. Raises `UserError` for a directory that is missing, incomplete or damaged.
+    `master_weights` keeps the weights in fp32 whatever the precision: full fine-tuning needs it, since
+    loading in bf16 and casting back would lose bits. Raises `UserError` for a directory that is missing,
+    incomplete or damaged.
     """
     path = Path(path)
     device = torch.device(device) if device is not None else default_device()
@@ -49,13 +50,15 @@ def load_model(
     if report["missing_keys"]:
         # transformers would go on with random weights in their place.
         names = ", ".join(sorted(report["missing_keys"])[:3])
-        raise UserError(f"{path}: the weights lack {len(report['missing_keys'])} tensors ({names}): fetch it again")
+        raise UserError(
+            f"{path}: the weights lack {len(report['missing_keys'])} tensors ({names}): fetch it again"
+        )
     loaded: PreTrainedModel = model.to(device)
     return loaded.eval()
 
 
 def load_tokenizer(path: Path | str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Load a tokenizer; raises `UserError` where the directory or its tokenizer files are missing or unreadable."""
+    """Load a tokenizer; raises `UserError` where the directory or its files are missing or unreadable."""
     path = Path(path)
     _check_directory(path)
     try:
@@ -73,27 +76,43 @@ def frozen(model: Module) -> Module:
     return model.eval()
 
 
-def check_weights(path: Path, pattern: str = "*.safetensors") -> None:
-    """Check that `path` has a config and safetensors files that open; raises `UserError` naming the file at fault."""
+def enable_gradient_checkpointing(model: nn.Module) -> None:
+    """Recompute activations in the backward pass; inputs must require a gradient where the base is frozen."""
+    for name in ("gradient_checkpointing_enable", "enable_input_require_grads"):
+        if not hasattr(model, name):
+            raise UserError(
+                f"gradient_checkpointing: {type(model).__name__} does not offer {name}: switch it off"
+            )
+    checkpointed: Any = model
+    checkpointed.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    checkpointed.enable_input_require_grads()  # after enabling: transformers keeps only one set of hooks
+
+
+def check_weights(path: Path) -> None:
+    """Check that `path` has a config and whole safetensors files; a `UserError` names the file at fault."""
     _check_directory(path)
     if not (path / "config.json").is_file():
         raise UserError(f"{path}: has no config.json: it is not a transformers model directory")
-    files = sorted(path.glob(pattern))
+    files = sorted(path.glob("*.safetensors"))
     if not files:
-        raise UserError(f"{path}: has no safetensors weights (pickled weights are never loaded): convert them first")
+        raise UserError(
+            f"{path}: has no safetensors weights (pickled weights are never loaded): convert them first"
+        )
     for file in files:
         check_safetensors(file)
 
 
 def check_safetensors(file: Path) -> None:
-    """Check a safetensors header against the file's size; raises `UserError` where it is missing or damaged."""
+    """Check a safetensors header against the file's size; a `UserError` where it is missing or damaged."""
     try:
         with safe_open(file, framework="pt") as tensors:
             tensors.keys()
     except FileNotFoundError:
         raise UserError(f"{file}: does not exist: run the rule that makes it") from None
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{file}: is corrupt or half written ({_first_line(error)}): delete it and make it again") from None
+        raise UserError(
+            f"{file}: is corrupt or half written ({_first_line(error)}): delete it and make it again"
+        ) from None
 
 
 def _check_directory(path: Path) -> None:

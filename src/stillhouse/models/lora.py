@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from stillhouse.config.training import LoraSettings
+from stillhouse.config.training import LoraSettings, Precision, TrainingSettings
 from stillhouse.models.loading import check_safetensors, check_weights, load_model
 from stillhouse.runtime.errors import UserError
 from stillhouse.runtime.seeds import derived_seed
@@ -27,15 +27,17 @@ CheckpointKind = Literal["lora", "full"]
 
 
 def add_lora(model: PreTrainedModel, settings: LoraSettings, seed: int) -> PeftModel:
-    """Wrap `model` with a new adapter in fp32; its base is frozen. The same seed gives the same initial weights.
+    """Wrap `model` with a new adapter in fp32; its base is frozen. The same seed gives the same initial
+    weights.
 
-    Raises `UserError` for a target module that the model lacks: peft ignores one that is missing among others.
+    Raises `UserError` for a target module that the model lacks: peft ignores one that is missing among
+    others.
     """
     _check_target_modules(model, settings.target_modules)
     configuration = LoraConfig(
         task_type="CAUSAL_LM",
         r=settings.rank,
-        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # peft scales by any number
+        lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
         target_modules=list(settings.target_modules),
     )
@@ -46,8 +48,22 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings, seed: int) -> PeftM
     return adapted
 
 
+def load_trainable(
+    path: Path | str,
+    settings: TrainingSettings,
+    seed: int,
+    device: torch.device | str | None = None,
+    attention: str = "sdpa",
+    trust_remote_code: bool = False,
+) -> PreTrainedModel | PeftModel:
+    """A model ready for the training loop: a frozen base with a new adapter, or all weights in fp32."""
+    full = settings.method == "full"
+    model = load_model(path, settings.precision, device, attention, trust_remote_code, master_weights=full)
+    return model if full else add_lora(model, settings.lora, seed)
+
+
 def checkpoint_kind(path: Path | str) -> CheckpointKind:
-    """Whether a checkpoint directory holds an adapter or a whole model; a `UserError` where it holds neither."""
+    """Whether a directory holds an adapter or a whole model; a `UserError` where it holds neither."""
     path = Path(path)
     if (path / ADAPTER_CONFIG).is_file():
         return "lora"
@@ -61,15 +77,15 @@ def checkpoint_kind(path: Path | str) -> CheckpointKind:
 def load_checkpoint(model: PreTrainedModel | PeftModel, path: Path | str) -> PreTrainedModel | PeftModel:
     """The model with the weights of a checkpoint, in evaluation mode, nothing trained.
 
-    An adapter is put on `model` in place of any that it has; a full checkpoint is loaded afresh with the type,
-    device and attention of `model`, which is left as it is.
+    An adapter is put on `model` in place of any that it has; a full checkpoint is loaded afresh with the
+    type, device and attention of `model`, which is left as it is.
     Raises `UserError` for a damaged checkpoint and for one of another architecture.
     """
     path = Path(path)
     base = model.unload() if isinstance(model, PeftModel) else model
     if checkpoint_kind(path) == "full":
         check_weights(path)
-        precision = "bf16" if base.dtype == torch.bfloat16 else "fp32"
+        precision: Precision = "bf16" if base.dtype == torch.bfloat16 else "fp32"
         return load_model(path, precision, base.device, attention=base.config._attn_implementation)
     check_safetensors(path / ADAPTER_WEIGHTS)
     try:
@@ -83,8 +99,8 @@ def load_checkpoint(model: PreTrainedModel | PeftModel, path: Path | str) -> Pre
 def adapter_disabled(model: nn.Module) -> Iterator[nn.Module]:
     """The base model behind an adapter, in evaluation mode, as a context.
 
-    Every module's training mode and every parameter's `requires_grad` is restored exactly on leaving: `.eval()` on
-    the shared modules would otherwise stop the student's dropout for good, silently.
+    Every module's training mode and every parameter's `requires_grad` is restored exactly on leaving:
+    `.eval()` on the shared modules would otherwise stop the student's dropout for good, silently.
     """
     if not isinstance(model, PeftModel):
         raise TypeError("only a model with an adapter has a base to go back to: load the teacher separately")
@@ -102,7 +118,8 @@ def adapter_disabled(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _check_target_modules(model: nn.Module, targets: tuple[str, ...]) -> None:
-    names = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Embedding, Conv1D))]
+    kinds = (nn.Linear, nn.Embedding, Conv1D)
+    names = [name for name, module in model.named_modules() if isinstance(module, kinds)]
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in names):
             known = sorted({name.rpartition(".")[2] for name in names})

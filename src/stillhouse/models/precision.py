@@ -1,7 +1,8 @@
-"""The number format of computation: `auto` asks the device whether bfloat16 is fast, not only whether it works.
+"""The number format of computation: `auto` asks the device whether bfloat16 is fast, not only whether it
+works.
 
-A processor without bf16 instructions emulates it (measured: five times slower than fp32), so `auto` takes fp32
-there. Master weights and optimiser moments are fp32 under either; see `training.loop`.
+A processor without bf16 instructions emulates it (measured: five times slower than fp32), so `auto` takes
+fp32 there. Master weights and optimiser moments are fp32 under either; see `training.loop`.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ def bf16_is_fast(device: torch.device) -> bool:
 
 
 def resolve_precision(precision: Precision, device: torch.device | None = None) -> ResolvedPrecision:
-    """The format that `auto` means on the device (default: the one that torch sees); others are taken at their word.
+    """The format that `auto` means on the device (default: the one that torch sees); others are taken at
+    their word.
 
     Raises `UserError` where bf16 is asked of a GPU that has none; a slow processor only gets a warning.
     """

@@ -1,9 +1,10 @@
 """Digests of code over the closure of its first-party imports: what makes a result stale when code changes.
 
 A digest covers a module's syntax tree without docstrings, so comments, formatting and documentation never rerun
-anything. Files that are not Python but shape results are listed as `DATA_FILES` in the module that reads them and count
-by their bytes. In configuration modules only functions count: their values reach a step through its params, so that a new
-default or condition reruns what reads it and nothing else. The rules store `code_digests(module)` in their params; run records and fingerprints hold the same.
+anything. Files that are not Python but shape results are listed as `DATA_FILES` in the module that reads them and
+count by their bytes. In configuration modules only functions count: their values reach a step through its params, so
+that a new default or condition reruns what reads it and nothing else. The rules store `code_digests(module)` in their
+params; run records and fingerprints hold the same.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import ast
 import hashlib
 from copy import deepcopy
-from functools import lru_cache
+from functools import cache
 from importlib.util import resolve_name
 from pathlib import Path
 
@@ -27,7 +28,7 @@ def code_digests(module: str) -> dict[str, str]:
     return {name: _module_digest(name) for name in import_closure(module)}
 
 
-@lru_cache(maxsize=None)
+@cache
 def import_closure(module: str) -> tuple[str, ...]:
     """The first-party modules that `module` reaches through imports anywhere in its text, sorted."""
     reached: set[str] = set()
@@ -50,7 +51,7 @@ def module_path(module: str) -> Path | None:
     return None
 
 
-@lru_cache(maxsize=None)
+@cache
 def _syntax_tree(module: str) -> ast.Module:
     path = module_path(module)
     if path is None:
@@ -58,7 +59,7 @@ def _syntax_tree(module: str) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _first_party_imports(module: str) -> tuple[str, ...]:
     """The first-party modules that one module names, with the packages around them."""
     is_package = module_path(module) == SOURCE_ROOT.joinpath(*module.split("."), "__init__.py")
@@ -80,7 +81,7 @@ def _parents(module: str) -> list[str]:
     return [".".join(parts[:length]) for length in range(1, len(parts))]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _module_digest(module: str) -> str:
     tree = _syntax_tree(module)
     tree = _without_docstrings(tree)
@@ -109,9 +110,9 @@ def _without_docstrings(tree: ast.Module) -> ast.Module:
     for node in ast.walk(copy):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             first = node.body[0] if node.body else None
-            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
-                if isinstance(first.value.value, str):
-                    node.body = node.body[1:]
+            value = first.value if isinstance(first, ast.Expr) else None
+            if isinstance(value, ast.Constant) and isinstance(value.value, str):
+                node.body = node.body[1:]
     return copy
 
 

@@ -78,4 +78,4 @@ def _is_plain(text: str) -> bool:
     """Whether YAML reads the text back as the same string without quotes."""
     if not text or not all(character.isalnum() or character in "_-./+" for character in text):
         return False
-    return isinstance(OmegaConf.create(f"value: {text}")["value"], str)
+    return isinstance(OmegaConf.from_dotlist([f"value={text}"]).value, str)

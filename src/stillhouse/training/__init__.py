@@ -1,1 +1,1 @@
-"""The one training loop, on accelerate, and what it stands on: schedules, optimiser, checkpoints, tracking."""
+"""The one training loop, on accelerate, with its schedules, optimiser, checkpoints and tracking."""

@@ -1,8 +1,9 @@
 """Resumable states, and the weights that a run is for. Safetensors and JSON, nothing pickled.
 
-In `work_dir`: `state-<step>/` (trained parameters, optimiser moments, progress) and `checkpoint-<step>/` (weights for
-evaluation), each moved into place whole, with a manifest. A state that is damaged, or whose earlier checkpoints are,
-is skipped for the one before. Random states are not stored: the loop derives them from (seed, step, process).
+In `work_dir`: `state-<step>/` (trained parameters, optimiser moments, progress) and `checkpoint-<step>/`
+(weights for evaluation), each moved into place whole, with a manifest. A state that is damaged, or whose
+earlier checkpoints are, is skipped for the one before. Random states are not stored: the loop derives them
+from (seed, step, process).
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def save_state(
     keep: int,
 ) -> None:
     """Write `state-<step>/` whole and durable, then prune all but the newest `keep` states."""
-    names = {parameter: name for name, parameter in parameters.items()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in parameters.items()}
     tensors = {f"parameter/{name}": parameter.detach() for name, parameter in parameters.items()}
     for parameter, moments in optimizer.state.items():
         tensors |= {f"optimizer/{names[parameter]}/{key}": value for key, value in moments.items()}
@@ -65,15 +66,14 @@ def save_state(
 def load_state(
     directory: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
 ) -> Progress:
-    """Restore parameters and optimiser from a verified state; raises `UserError` where it is of another run."""
+    """Restore parameters and optimiser from a verified state; a `UserError` where it is of another model."""
     tensors = load_file(directory / STATE_TENSORS)
-    saved = {name.removeprefix("parameter/"): t for name, t in tensors.items() if name.startswith("parameter/")}
-    if {name: tensor.shape for name, tensor in saved.items()} != {
-        name: parameter.shape for name, parameter in parameters.items()
-    }:
-        raise UserError(f"{directory}: holds other parameters than this model trains: delete it and run again")
+    expected = {f"parameter/{name}": parameter for name, parameter in parameters.items()}
+    saved = {name: tensor for name, tensor in tensors.items() if name.startswith("parameter/")}
+    if _shapes(saved) != _shapes(expected):
+        raise UserError(f"{directory}: is of a model that trains other parameters: delete it and run again")
     with torch.no_grad():
-        for name, parameter in parameters.items():
+        for name, parameter in expected.items():
             parameter.copy_(saved[name])
     names = {parameter: name for name, parameter in parameters.items()}
     ordered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -114,7 +114,7 @@ def save_weights(
     dtype: torch.dtype,
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> None:
-    """Write `checkpoint-<step>/`: an adapter, a whole transformers model in `dtype`, or a plain module's tensors."""
+    """Write `checkpoint-<step>/`: an adapter, a transformers model in `dtype`, or a module's tensors."""
     with staged_directory(work_dir / f"checkpoint-{step}") as staging:
         if isinstance(model, PeftModel):
             # "auto" would ask the hub whether the vocabulary was resized; Stillhouse never resizes it.
@@ -129,8 +129,9 @@ def save_weights(
                 tokenizer.save_pretrained(staging)
         else:
             trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
-            tensors = {name: tensor.detach() for name, tensor in (trained | dict(model.named_buffers())).items()}
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, staging / "model.safetensors")
+            tensors = trained | dict(model.named_buffers())
+            plain = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+            save_file(plain, staging / "model.safetensors")
         write_manifest(staging)
         _flush_to_disk(staging)
 
@@ -150,6 +151,10 @@ def numbered_directories(work_dir: Path, kind: str) -> list[tuple[int, Path]]:
     return sorted(((int(match[1]), path) for match, path in matches if match), reverse=True)
 
 
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in tensors.items()}
+
+
 def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """The same tensors in `dtype`; tied ones stay one tensor, so that they are written once."""
     cast = {tensor.data_ptr(): tensor.to(dtype) for tensor in tensors.values() if tensor.is_floating_point()}
@@ -157,7 +162,7 @@ def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor
 
 
 def _sort_target_modules(path: Path) -> None:
-    """peft writes a set in any order: equal runs must leave equal files."""
+    """Order what peft writes as a set, in any order: equal runs must leave equal files."""
     configuration: dict[str, Any] = read_json(path)
     if isinstance(targets := configuration["target_modules"], list):
         configuration["target_modules"] = sorted(targets)

@@ -1,11 +1,14 @@
-"""The one training loop. It knows nothing of any study: a model, an objective and data go in, checkpoints come out.
+"""The one training loop. It knows nothing of any study: a model, an objective and data go in, checkpoints
+come out.
 
-- One update uses `batch_size` consecutive examples of an endless stream of permutations, whatever the number of
-  processes; each process takes a contiguous share. The gradient is the sum over units divided by their global count.
-- Trained parameters and AdamW's moments are fp32. Under bf16 the forward pass autocasts; frozen weights may be bf16.
-- Random states are a function of (seed, step, process), set anew for each update. So a resumed run, or an update that
-  is redone after memory ran out, draws the same dropout masks; another number of processes or another micro-batch
-  size draws others, and changes results by that alone.
+- One update uses `batch_size` consecutive examples of an endless stream of permutations, whatever the number
+  of processes; each process takes a contiguous share. The gradient is the sum over units divided by their
+  global count.
+- Trained parameters and AdamW's moments are fp32. Under bf16 the forward pass autocasts; frozen weights may
+  be bf16.
+- Random states are a function of (seed, step, process), set anew for each update. So a resumed run, or an
+  update that is redone after memory ran out, draws the same dropout masks; another number of processes or
+  another micro-batch size draws others, and changes results by that alone.
 """
 
 from __future__ import annotations
@@ -14,10 +17,9 @@ import math
 import resource
 import shutil
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +31,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from stillhouse.config.training import TrackingSettings, TrainingSettings
+from stillhouse.models.loading import enable_gradient_checkpointing
 from stillhouse.models.precision import ResolvedPrecision, resolve_precision, torch_dtype
 from stillhouse.runtime.errors import UserError
 from stillhouse.runtime.logs import logger
-from stillhouse.runtime.seeds import derived_seed, generator, seed_everything
+from stillhouse.runtime.seeds import derived_seed, seed_everything
 from stillhouse.training.checkpoints import (
     Progress,
     export,
@@ -41,6 +44,7 @@ from stillhouse.training.checkpoints import (
     save_state,
     save_weights,
 )
+from stillhouse.training.data_order import examples_of_step, slice_of_process
 from stillhouse.training.objective import Objective, TrainingData
 from stillhouse.training.optimizers import (
     ParameterGroup,
@@ -52,7 +56,6 @@ from stillhouse.training.optimizers import (
 from stillhouse.training.processes import (
     StopRequest,
     TrainingInterrupted,
-    slice_of_process,
     sum_gradients,
     sum_statistics,
 )
@@ -100,11 +103,11 @@ def train(
     """Train the parameters of `model` that require a gradient, from the newest valid state of `work_dir`.
 
     `work_dir` keeps what a killed run needs to continue; `output_dir` gets `checkpoint-<step>/` for each of
-    `settings.saved_steps`, `metrics.jsonl` and `tensorboard/` at the end. `tokenizer` goes with full checkpoints;
-    `groups` replaces the groups that `settings.learning_rate_multipliers` describes.
+    `settings.saved_steps`, `metrics.jsonl` and `tensorboard/` at the end. `tokenizer` goes with full
+    checkpoints; `groups` replaces the groups that `settings.learning_rate_multipliers` describes.
 
-    Raises `UserError` for what the user can mend (missing tracker, one example that does not fit in memory, a loss
-    that is not finite) and `TrainingInterrupted` after SIGTERM.
+    Raises `UserError` for what the user can mend (missing tracker, one example that does not fit in memory, a
+    loss that is not finite) and `TrainingInterrupted` after SIGTERM.
     """
     tracking = tracking or TrackingSettings()
     check_trackers(tracking)
@@ -115,7 +118,9 @@ def train(
         project_config=ProjectConfiguration(str(work_dir), logging_dir=str(work_dir / TRACKING_FOLDER)),
     )
     if settings.batch_size < accelerator.num_processes:
-        raise UserError(f"training.batch_size ({settings.batch_size}) is below {accelerator.num_processes} processes")
+        raise UserError(
+            f"training.batch_size ({settings.batch_size}) is below {accelerator.num_processes} processes"
+        )
     if len(data) == 0:
         raise UserError("there are no training examples: check the data split and train_examples")
     trainer = Trainer(model, objective, data, settings, accelerator, seed, work_dir, groups)
@@ -133,18 +138,6 @@ def train(
         shutil.copytree(curves, output_dir / "tensorboard", dirs_exist_ok=True)
     accelerator.wait_for_everyone()
     return trainer.result(completed)
-
-
-def examples_of_step(step: int, batch_size: int, examples: int, seed: int) -> list[int]:
-    """Indices of the examples of an update (counted from 1): the next `batch_size` of all permutations in a row."""
-    positions = range((step - 1) * batch_size, step * batch_size)
-    return [_permutation(position // examples, examples, seed)[position % examples] for position in positions]
-
-
-@lru_cache(maxsize=2)
-def _permutation(epoch: int, examples: int, seed: int) -> list[int]:
-    order: list[int] = torch.randperm(examples, generator=generator(seed, "data order", epoch)).tolist()
-    return order
 
 
 class Trainer:
@@ -209,9 +202,14 @@ class Trainer:
                     save_weights(self.work_dir, step, self.model, torch_dtype(self.precision), tokenizer)
                 if main and (step % settings.resume_every == 0 or step == settings.steps or stopped):
                     save_state(
-                        self.work_dir, self.progress, self.parameters, self.optimizer, settings.keep_resume_states
+                        self.work_dir,
+                        self.progress,
+                        self.parameters,
+                        self.optimizer,
+                        settings.keep_resume_states,
                     )
                 if stopped and step < settings.steps:
+                    self.accelerator.wait_for_everyone()
                     raise TrainingInterrupted
         if metrics and report:
             metrics.close()
@@ -237,8 +235,8 @@ class Trainer:
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.max_gradient_norm).item()
         if not math.isfinite(norm):
             raise UserError(
-                f"step {step}: the gradient is not finite (loss {sums['loss'] / count}): lower learning_rate or use "
-                "precision=fp32; states up to an earlier step are kept"
+                f"step {step}: the gradient is not finite (loss {sums['loss'] / count}): lower learning_rate "
+                "or use precision=fp32; the states of earlier steps are kept"
             )
         self.optimizer.step()
         seconds = time.monotonic() - started
@@ -283,17 +281,17 @@ class Trainer:
             examples, budget = self._examples(step), self.progress.micro_batch_tokens
             if sum(1 for _ in self.data.micro_batches(examples, budget)) == len(examples):
                 raise UserError(
-                    f"step {step}: memory is too small for a single example: switch gradient_checkpointing on, lower "
-                    "max_length, or use a larger device"
+                    f"step {step}: a single example does not fit in memory: switch on gradient_checkpointing, "
+                    "lower max_length, or use a larger device"
                 )
             self.progress = replace(self.progress, micro_batch_tokens=max(1, budget // 2))
             logger.warning("step %d: out of memory: micro_batch_tokens is now %d", step, max(1, budget // 2))
 
     def _accumulate(self, step: int) -> dict[str, Tensor | float]:
-        """Leave the sum of this process's gradients in `.grad`; returns its sums: loss, terms, count and tokens."""
+        """Leave the sum of this process's gradients in `.grad`; returns sums of loss, terms, counts."""
         seed_everything(derived_seed(self.seed, "step", step, self.accelerator.process_index))
         self.optimizer.zero_grad(set_to_none=True)
-        sums: Counter[str] = Counter()
+        sums: dict[str, Tensor | float] = defaultdict(float)
         autocast = torch.autocast(
             self.device.type,
             torch.bfloat16,
@@ -304,10 +302,11 @@ class Trainer:
         for micro_batch in self.data.micro_batches(self._examples(step), self.progress.micro_batch_tokens):
             with autocast:
                 terms = self.objective(self.model, micro_batch.to(self.device), step)
-            terms.total.backward()  # type: ignore[no-untyped-call]
-            named = {"loss": terms.total.detach(), **terms.terms, "count": terms.count, "tokens": micro_batch.tokens}
+            terms.total.backward()
+            fixed = {"loss": terms.total.detach(), "count": terms.count, "tokens": micro_batch.tokens}
+            named = {**terms.terms, **fixed}
             for name, value in named.items():
-                sums[name] += value.double() if isinstance(value, Tensor) else value
+                sums[name] = sums[name] + (value.double() if isinstance(value, Tensor) else value)
         return dict(sums)
 
     def _examples(self, step: int) -> Sequence[int]:
@@ -328,13 +327,3 @@ class Trainer:
             tokens=self.progress.tokens + tokens,
             peak_memory_mib=max(self.progress.peak_memory_mib, memory),
         )
-
-
-def enable_gradient_checkpointing(model: nn.Module) -> None:
-    """Recompute activations in the backward pass; the inputs must require a gradient where the base is frozen."""
-    for name in ("gradient_checkpointing_enable", "enable_input_require_grads"):
-        if not hasattr(model, name):
-            raise UserError(f"gradient_checkpointing: {type(model).__name__} does not offer {name}: switch it off")
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
-    # After enabling, never before: transformers sets up its own hook state when it enables checkpointing.
-    model.enable_input_require_grads()  # type: ignore[operator]

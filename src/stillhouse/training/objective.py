@@ -1,8 +1,9 @@
 """What a study hands to the training loop: an objective, and data that yields micro-batches.
 
-An objective is a small class. It returns *sums* over units (for a language model: answer tokens); the loop divides
-by the units of the whole update, over micro-batches and processes. So neither the micro-batch size nor packing nor
-the number of processes changes a result beyond rounding. (Dropout draws one mask per forward pass: it differs.)
+An objective is a small class. It returns *sums* over units (for a language model: answer tokens); the loop
+divides by the units of the whole update, over micro-batches and processes. So neither the micro-batch size
+nor packing nor the number of processes changes a result beyond rounding. (Dropout draws one mask per forward
+pass: it differs.)
 """
 
 from __future__ import annotations
@@ -42,16 +43,16 @@ class MicroBatch(Protocol):
         ...
 
 
-Batch = TypeVar("Batch", bound=MicroBatch)
+BatchOut = TypeVar("BatchOut", bound=MicroBatch, covariant=True)
 BatchIn = TypeVar("BatchIn", bound=MicroBatch, contravariant=True)
 
 
-class TrainingData(Protocol[Batch]):
+class TrainingData(Protocol[BatchOut]):
     """Indexed training examples."""
 
     def __len__(self) -> int: ...
 
-    def micro_batches(self, indices: Sequence[int], token_budget: int) -> Iterator[Batch]:
+    def micro_batches(self, indices: Sequence[int], token_budget: int) -> Iterator[BatchOut]:
         """The examples of `indices` in micro-batches of at most `token_budget` tokens, on the CPU.
 
         An example longer than the budget stands alone: the budget bounds memory and drops nothing.
@@ -60,10 +61,11 @@ class TrainingData(Protocol[Batch]):
 
 
 class Objective(Protocol[BatchIn]):
-    """The loss of a study. It may hold constants, but no state that changes between steps (it would not resume).
+    """The loss of a study. It may hold constants, but no state that changes between steps (it would not
+    resume).
 
-    It draws randomness from torch's global generators, which the loop seeds for each step, or from a generator that
-    it seeds with `step`.
+    It draws randomness from torch's global generators, which the loop seeds for each step, or from a
+    generator that it seeds with `step`.
     """
 
     def __call__(self, model: nn.Module, micro_batch: BatchIn, step: int) -> LossTerms:

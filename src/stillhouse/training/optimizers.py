@@ -1,4 +1,4 @@
-"""AdamW over named parameter groups: a learning-rate factor per module, no weight decay on norms and biases."""
+"""AdamW over named parameter groups: a learning-rate factor per module, no decay of norms and biases."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ class ParameterGroup:
 
 
 def parameter_groups(model: nn.Module, multipliers: Mapping[str, float]) -> list[ParameterGroup]:
-    """Split the trained parameters of `model` by the module names in `multipliers`; the rest is the group `base`.
+    """Split the trained parameters of `model` by the module names in `multipliers`; the rest is the group
+    `base`.
 
-    A name is one or more whole components of the dotted path (`embed_tokens`, `layers.0`), never a part of one.
-    Of several that match, the one that ends deepest wins, then the longest.
+    A name is one or more whole components of the dotted path (`embed_tokens`, `layers.0`), never a part of
+    one. Of several that match, the one that ends deepest wins, then the longest.
     Raises `UserError` for a name that matches no trained parameter.
     """
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -41,7 +42,9 @@ def parameter_groups(model: nn.Module, multipliers: Mapping[str, float]) -> list
         if not any(_match_end(name, key) for name in trained):
             known = sorted({part for name in trained for part in name.split(".") if not part.isdigit()})
             nearest = difflib.get_close_matches(key, known, n=1, cutoff=0)[0]
-            raise UserError(f"learning_rate_multipliers: no trained module is named '{key}'; nearest: '{nearest}'")
+            raise UserError(
+                f"learning_rate_multipliers: no trained module is named '{key}'; nearest: '{nearest}'"
+            )
     return [
         ParameterGroup(name, parameters, multipliers.get(name, 1.0))
         for name, parameters in members.items()
@@ -82,7 +85,7 @@ def trained_parameters(groups: Iterable[ParameterGroup]) -> dict[str, nn.Paramet
 
 
 def _match_end(path: str, key: str) -> int:
-    """Where the components of `key` end within those of `path` (its last occurrence), counted from 1; 0: nowhere."""
+    """Where the components of `key` last end among those of `path`, counted from 1; 0: nowhere."""
     components, wanted = path.split("."), key.split(".")
     ends = range(len(components), len(wanted) - 1, -1)
     return next((end for end in ends if components[end - len(wanted) : end] == wanted), 0)

@@ -1,15 +1,15 @@
 """What the loop needs of several processes, and of the signals that end one.
 
 Gradients are summed once per update instead of by a wrapper around the model: objectives get the bare model,
-processes may run different numbers of micro-batches, and a forward pass that ran out of memory can be redone by one
-process alone.
+processes may run different numbers of micro-batches, and a forward pass that ran out of memory can be redone
+by one process alone.
 """
 
 from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -35,7 +35,7 @@ class TrainingInterrupted(SystemExit):
 
 
 class StopRequest:
-    """Notes the first SIGTERM instead of dying of it; a second one ends the process at once."""
+    """Notes SIGTERM instead of dying of it. Also repeated ones: a scheduler and a launcher may both send it."""
 
     def __init__(self) -> None:
         self.received = False
@@ -54,14 +54,14 @@ class StopRequest:
             signal.signal(signal.SIGTERM, self._previous)
 
     def _note(self, signal_number: int, frame: FrameType | None) -> None:
-        logger.warning("SIGTERM: saving the state after this step; the same command will continue from it")
+        if not self.received:
+            logger.warning("SIGTERM: saving the state after this step; the same command continues from it")
         self.received = True
-        signal.signal(signal.SIGTERM, self._previous)
 
 
 @contextmanager
 def staged_output(final: Path) -> Iterator[Path]:
-    """`staged_directory` for programs of several processes: the first one stages, all of them see the folder."""
+    """`staged_directory` for programs of several processes: the first one stages, all see the folder."""
     processes = PartialState()
     if processes.is_main_process:
         with staged_directory(final) as staging:
@@ -74,15 +74,11 @@ def staged_output(final: Path) -> Iterator[Path]:
         processes.wait_for_everyone()
 
 
-def slice_of_process(items: Sequence[int], rank: int, processes: int) -> Sequence[int]:
-    """The contiguous share of one process; the shares of all processes, in order, are the items."""
-    return items[len(items) * rank // processes : len(items) * (rank + 1) // processes]
-
-
 def sum_statistics(values: Mapping[str, Tensor | float], device: torch.device) -> dict[str, float]:
     """Sum named scalars over processes, in fp64; the names must be the same everywhere."""
     names = sorted(values)
-    packed = torch.stack([torch.as_tensor(values[name]).to(device, torch.float64).reshape(()) for name in names])
+    scalars = [torch.as_tensor(values[name], dtype=torch.float64, device=device) for name in names]
+    packed = torch.stack([scalar.reshape(()) for scalar in scalars])
     _sum_over_processes(packed)
     return dict(zip(names, packed.tolist(), strict=True))
 
@@ -108,7 +104,8 @@ def _sum_bucket(gradients: list[Tensor]) -> None:
         return
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     _sum_over_processes(flat)
-    for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+    parts = flat.split([gradient.numel() for gradient in gradients])
+    for gradient, part in zip(gradients, parts, strict=True):
         gradient.copy_(part.view_as(gradient))
 
 

@@ -1,7 +1,8 @@
 """Where a run can be watched: the metrics file, accelerate's trackers and the progress bar.
 
-`metrics.jsonl` is what figures read; TensorBoard is always written; the other trackers are chosen by configuration
-and keep their run's id over a resume. Where standard error is no terminal the bar becomes a line every half minute.
+`metrics.jsonl` is what figures read; TensorBoard is always written; the other trackers are chosen by
+configuration and keep their run's id over a resume. Where standard error is no terminal the bar becomes a
+line every half minute.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def check_trackers(settings: TrackingSettings) -> None:
     for name in ("tensorboard", *settings.trackers):
         if name not in available:
             raise UserError(
-                f"tracking.trackers: the package of '{name}' is not installed: pip install {name}, or take it out"
+                f"tracking.trackers: the package of '{name}' is not installed: pip install {name}, or drop it"
             )
 
 
@@ -56,8 +57,10 @@ class Tracking:
         if accelerator.is_main_process:
             run_ids_file = work_dir / RUN_IDS
             known: dict[str, str] = read_json(run_ids_file) if run_ids_file.exists() else {}
-            run_ids = {name: known.get(name) or new_run_id(name) for name in settings.trackers}
-            arguments = {
+            run_ids: dict[str, str | None] = {
+                name: known.get(name) or new_run_id(name) for name in settings.trackers
+            }
+            arguments: dict[str, dict[str, Any]] = {
                 name: tracker_arguments(name, run_id, run_name, work_dir) for name, run_id in run_ids.items()
             }
             arguments["tensorboard"] = {"purge_step": completed_steps + 1}
@@ -67,20 +70,24 @@ class Tracking:
                 for attribute in SERVER_CHOSEN_IDS[name].split("."):
                     value = getattr(value, attribute)
                 run_ids[name] = value
-            # Written before the first step: a run that is killed before its first state still resumes its curves.
+            # Written before the first step: a run that is killed before its first state still resumes its
+            # curves.
             write_json(run_ids_file, run_ids)
 
     def log(self, row: Mapping[str, float]) -> None:
         """Send one row of metrics to every tracker."""
-        self.accelerator.log({key: value for key, value in row.items() if key != "step"}, step=int(row["step"]))
+        self.accelerator.log(
+            {key: value for key, value in row.items() if key != "step"}, step=int(row["step"])
+        )
 
     def close(self) -> None:
-        """Flush and end the trackers."""
-        self.accelerator.end_training()
+        """Flush and end the trackers; accelerate's `end_training` would end the process group as well."""
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
 
 
 def new_run_id(name: str) -> str | None:
-    """A fresh id for a tracker that takes its client's (SwanLab's have 21 characters); None if its server chooses."""
+    """A fresh id (SwanLab's have 21 characters), or None for a tracker whose server chooses it."""
     return None if name in SERVER_CHOSEN_IDS else uuid.uuid4().hex[: 21 if name == "swanlab" else 32]
 
 
@@ -130,7 +137,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 
 
 class ProgressReport:
-    """A progress bar on a terminal; elsewhere a line at the first step, at the last, and every half minute."""
+    """A progress bar on a terminal; elsewhere a line at the first step, the last, and every half minute."""
 
     def __init__(self, total_steps: int, completed_steps: int, run_name: str) -> None:
         self.total_steps = total_steps

@@ -18,9 +18,7 @@ from stillhouse.config.sweeps import Sweep
 from stillhouse.config.training import Precision, TrainingSettings
 from stillhouse.runtime.digests import short_digest
 
-Exemplars = Literal[
-    "worked", "question_only", "shuffled_answers", "shuffled_answers_as_published", "wrong_answers"
-]
+Exemplars = Literal["worked", "question_only", "shuffled_answers", "shuffled_answers_as_published", "wrong_answers"]
 
 
 class ContextSettings(StrictModel):
@@ -50,7 +48,8 @@ class TeacherSettings(StrictModel):
     context: ContextSettings = ContextSettings()
     max_length: Annotated[int, Field(ge=16, description="Longest teacher sequence, in tokens.")] = 4096
     targets: Annotated[
-        Literal["cached", "online"], Field(description="Targets from the teacher cache or computed in each step.")
+        Literal["cached", "online"],
+        Field(description="Targets from the teacher cache or computed in each step."),
     ] = "cached"
     cache_top_k: Annotated[int, Field(ge=1, description="K_max: logits kept per answer position.")] = 256
     precision: Precision = "auto"
@@ -116,6 +115,17 @@ class RunSettings(StrictModel):
         if self.distillation.loss == "none" or self.distillation.weight == 0:
             return "none"
         return "top_k" if self.distillation.loss == "mse_top_k" else "hidden"
+
+    def leaves(self) -> dict[str, Any]:
+        """The settings that this run's training reads: those of a teacher that it never meets would only rerun it."""
+        leaves = self.model_dump(mode="json")
+        # Fixed shots are taken out of the training set, whatever the loss: every condition learns the same examples.
+        context = {"context": leaves["teacher"]["context"]} if self.teacher.context.sampling == "fixed" else {}
+        if self.cache_mode == "none":
+            leaves |= {"distillation": {"loss": "none"}, "teacher": context}
+        elif self.teacher.targets == "cached":
+            leaves["teacher"] = {"cache_top_k": self.teacher.cache_top_k, **context}
+        return leaves
 
     @property
     def cache(self) -> CacheSettings | None:
@@ -231,9 +241,7 @@ class ContextDistillationConfig(StrictModel):
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (42,)
     task: TaskSettings = TaskSettings()
     defaults: Annotated[RunSettings, Field(description="Settings of a run before any override.")] = RunSettings()
-    model_settings: Annotated[
-        dict[str, Overrides], Field(description="Overrides of the defaults per model.")
-    ] = {}
+    model_settings: Annotated[dict[str, Overrides], Field(description="Overrides of the defaults per model.")] = {}
     condition_settings: Annotated[
         dict[str, Overrides], Field(description="Overrides per condition; a new name is a new condition.")
     ] = CONDITIONS
@@ -276,9 +284,7 @@ class ContextDistillationConfig(StrictModel):
 
     def run_settings(self, model: str, condition: str) -> RunSettings:
         """The settings of one student's run; raises ValueError that names the layer and key at fault."""
-        layers: list[tuple[str, str, Overrides]] = [
-            ("model_settings", model, self.model_settings.get(model, {}))
-        ]
+        layers: list[tuple[str, str, Overrides]] = [("model_settings", model, self.model_settings.get(model, {}))]
         points = {point.name: (sweep, point) for sweep in self.sweeps.values() for point in sweep.points()}
         if condition in points:
             sweep, point = points[condition]

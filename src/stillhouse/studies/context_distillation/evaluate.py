@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 from torch import nn
 
-from stillhouse.config.assets import AnswerStyle
+from stillhouse.config.assets import Task
 from stillhouse.config.base import StrictModel
 from stillhouse.data.exemplars import Shot, evaluation_shots
 from stillhouse.data.prompts import PromptFormat, prompt_renderer
@@ -56,7 +56,11 @@ from stillhouse.studies.context_distillation.results import (
 MODULE = "stillhouse.studies.context_distillation.evaluate"
 ITEM_KEY = [*SUBJECT_COLUMNS, "split", "item_id"]
 ANSWER_COLUMNS = ["output", "output_tokens", "finished", "strict_correct", "flexible_correct", "wrote_marker"]
-SCORERS = {"number": score_math_answer, "choice": score_choice_answer, "boxed": score_boxed_answer}
+SCORERS = {
+    "math_word_problem": score_math_answer,
+    "multiple_choice": score_choice_answer,
+    "competition_math": score_boxed_answer,
+}
 
 
 class EvaluateStep(StrictModel):
@@ -66,14 +70,14 @@ class EvaluateStep(StrictModel):
     data: Path
     students: tuple[Path, ...] = ()
     results: Path
-    items: Path
+    item_scores: Path
     record: Path
     work: Path
     model_name: str
     model_note: str
     dataset: str
     dataset_note: str
-    answer_style: AnswerStyle
+    task: Task
     conditions: tuple[str, ...]
     prompt_format: PromptFormat
     evaluation: EvaluationSettings
@@ -116,7 +120,7 @@ def main(step: EvaluateStep) -> None:
         rows = job.gold_nll(subjects).merge(job.answers(subjects), on=ITEM_KEY, how="left", validate="1:1")
         items = rows.assign(model=step.model_name)
         measurements = measure(items)
-        write_items(items, step.items)
+        write_items(items, step.item_scores)
         results = ModelResults(
             model=step.model_name,
             model_note=step.model_note,
@@ -158,8 +162,16 @@ class EvaluationJob:
         self.training_problems = read_problems(step.data / "train.jsonl")
         validated = settings.generated_items if settings.selection == "strict_accuracy" else 0
         self.questions = [
-            Questions("validation", read_problems(step.data / "validation.jsonl")[: settings.validation_items], validated),
-            Questions("test", read_problems(step.data / "test.jsonl")[: settings.test_items], settings.generated_items),
+            Questions(
+                "validation",
+                read_problems(step.data / "validation.jsonl")[: settings.validation_items],
+                validated,
+            ),
+            Questions(
+                "test",
+                read_problems(step.data / "test.jsonl")[: settings.test_items],
+                settings.generated_items,
+            ),
         ]
         self.engine = "none"
         self.computed = self.kept = 0
@@ -213,7 +225,7 @@ class EvaluationJob:
             "generation": settings.generation.model_dump(mode="json"),
             "engine": settings.engine.model_dump(mode="json"),
             "scorer": settings.scorer,
-            "style": self.step.answer_style,
+            "task": self.step.task,
         }
         parts = {subject: self._part(subject, facts) for subject in subjects}
         missing = [subject for subject, part in parts.items() if not part.is_file()]
@@ -227,9 +239,7 @@ class EvaluationJob:
             self._answer_with(subject.checkpoint, {subject: None}, parts)
         return self._gather(parts, missing)
 
-    def _answer_with(
-        self, model: Path, adapters: dict[Subject, Path | None], parts: dict[Subject, Path]
-    ) -> None:
+    def _answer_with(self, model: Path, adapters: dict[Subject, Path | None], parts: dict[Subject, Path]) -> None:
         """Answer for all `adapters` of one model with one engine."""
         engine = open_engine(
             model,
@@ -249,13 +259,20 @@ class EvaluationJob:
             prompts = [self.renderer.prompt_ids(problem.question, shots) for problem in problems]
             completions = engine.generate(prompts, self.step.evaluation.generation, adapter, str(subject))
             rows += [
-                (questions.split, problem.id, done.text, len(done.token_ids), done.finished, *self._score(done.text, problem))
+                (
+                    questions.split,
+                    problem.id,
+                    done.text,
+                    len(done.token_ids),
+                    done.finished,
+                    *self._score(done.text, problem),
+                )
                 for problem, done in zip(problems, completions, strict=True)
             ]
         return pd.DataFrame(rows, columns=["split", "item_id", *ANSWER_COLUMNS]).assign(engine=type(engine).__name__)
 
     def _score(self, output: str, problem: MathProblem) -> tuple[bool, bool, bool]:
-        score = SCORERS[self.step.answer_style](output, problem.answer)
+        score = SCORERS[self.step.task](output, problem.answer)
         strict = score.strict_correct
         if self.step.evaluation.scorer == "as_published":
             strict = published_correct(output, problem.answer)

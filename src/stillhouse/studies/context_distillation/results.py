@@ -126,7 +126,9 @@ def load_evaluation(directory: Path) -> Evaluation:
     try:
         results = ModelResults.model_validate(read_json(path))
     except ValidationError as error:
-        raise UserError(f"{path}: is not a result of this version ({error.error_count()} faults): run evaluate") from None
+        raise UserError(
+            f"{path}: is not a result of this version ({error.error_count()} faults): run evaluate"
+        ) from None
     try:
         items = pd.read_parquet(directory / "items.parquet")
     except (OSError, ValueError) as error:

@@ -5,3 +5,117 @@ The condition's settings decide what is distilled; the loop is the shared one. R
 """
 
 from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+from accelerate import PartialState
+from torch import nn
+
+from stillhouse.config.base import StrictModel
+from stillhouse.config.training import TrackingSettings
+from stillhouse.data.prompts import PromptRenderer, prompt_renderer
+from stillhouse.data.records import read_problems
+from stillhouse.models.loading import load_model, load_tokenizer
+from stillhouse.models.lora import add_lora
+from stillhouse.runtime.commands import run_step
+from stillhouse.runtime.files import verify_manifest, write_manifest
+from stillhouse.runtime.logs import log_to_file, logger
+from stillhouse.runtime.records import RunRecord, fingerprint
+from stillhouse.runtime.seeds import seed_everything
+from stillhouse.studies.context_distillation.config import RunSettings
+from stillhouse.studies.context_distillation.data import student_data
+from stillhouse.studies.context_distillation.objective import ContextDistillationObjective
+from stillhouse.studies.context_distillation.teacher import TargetSource, cached_teacher, online_teacher
+from stillhouse.training.loop import train
+from stillhouse.training.processes import staged_output
+
+MODULE = "stillhouse.studies.context_distillation.train"
+PATHS = {"model", "data", "cache", "output", "work"}
+
+
+class TrainStep(StrictModel):
+    """The step's command line."""
+
+    model: Path
+    data: Path
+    cache: Path | None = None
+    output: Path
+    work: Path
+    condition: str
+    seed: int
+    run: RunSettings
+    tracking: TrackingSettings
+    trust_remote_code: bool
+
+
+def main(step: TrainStep) -> None:
+    """Train from the newest state of this very run, and put the checkpoints into place."""
+    inputs = {"model": step.model, "data": step.data} | ({"cache": step.cache} if step.cache else {})
+    for path in inputs.values():
+        verify_manifest(path)
+    work_dir = step.work / fingerprint(MODULE, step, inputs, exclude=PATHS)
+    if PartialState().is_main_process:
+        log_to_file(work_dir)
+    seed = step.seed + step.run.seed_offset
+    settings = step.run.training
+    with RunRecord(MODULE, step, inputs) as record:
+        seed_everything(seed)
+        tokenizer = load_tokenizer(step.model, step.trust_remote_code)
+        renderer = prompt_renderer(tokenizer, step.run.prompt_format)
+        model = student(step, seed)
+        teacher = teacher_of(step, model, renderer)
+        problems = read_problems(step.data / "train.jsonl")[: step.run.train_examples]
+        data = student_data(
+            problems,
+            renderer,
+            step.run.teacher.context,
+            step.run.max_length,
+            step.run.overlong,
+            untaught=teacher.untaught if teacher else (),
+            packing=settings.packing,
+            positions=step.run.distillation.positions,
+        )
+        logger.info("%s: %d examples, %d steps of %d", step.condition, len(data), settings.steps, settings.batch_size)
+        objective = ContextDistillationObjective(step.run.distillation, settings.steps, seed, teacher)
+        with staged_output(step.output) as staging:
+            result = train(
+                model,
+                objective,
+                data,
+                settings,
+                work_dir=work_dir,
+                output_dir=staging,
+                seed=seed,
+                tokenizer=tokenizer,
+                tracking=step.tracking,
+                run_name=f"{step.condition}-seed-{step.seed}",
+            )
+            if PartialState().is_main_process:
+                record.add(training=asdict(result), examples=len(data), skipped=asdict(data.skipped))
+                record.write(staging / "run.json")
+                write_manifest(staging)
+
+
+def student(step: TrainStep, seed: int) -> nn.Module:
+    """The student before its first step: the base with a new LoRA, or the base itself."""
+    settings = step.run.training
+    full = settings.method == "full"
+    base = load_model(
+        step.model, settings.precision, trust_remote_code=step.trust_remote_code, master_weights=full
+    )
+    return base if full else add_lora(base, settings.lora, seed)
+
+
+def teacher_of(step: TrainStep, model: nn.Module, renderer: PromptRenderer) -> TargetSource | None:
+    """The teacher's targets: from the cache, or from the student's own base in each step; None for a baseline."""
+    if step.run.cache_mode == "none":
+        return None
+    if step.cache is not None:
+        return cached_teacher(step.cache)
+    problems = read_problems(step.data / "train.jsonl")[: step.run.train_examples]
+    return online_teacher(model, problems, renderer, step.run)
+
+
+if __name__ == "__main__":
+    run_step(TrainStep, main)

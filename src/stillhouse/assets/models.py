@@ -1,0 +1,139 @@
+"""Models as plain transformers folders of safetensors: converted from GGUF, or copied without pickles and code.
+
+The GGUF route dequantises to float32 through transformers (`GgufConfig`) and mends what its loader gets wrong.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from gguf import GGUFReader
+from safetensors import SafetensorError, safe_open
+from tokenizers.pre_tokenizers import ByteLevel, Digits
+from tokenizers.pre_tokenizers import Sequence as PreTokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from stillhouse.runtime.errors import UserError
+from stillhouse.runtime.files import read_json, write_json
+from stillhouse.runtime.logs import logger
+
+_DATA_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*LICENSE*", "*NOTICE*", "README.md")
+_SPECIAL_TOKENS = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
+
+
+def wanted_files(trust_remote_code: bool) -> tuple[str, ...]:
+    """Globs of what a model folder may hold: never a pickle, Python only where the catalogue trusts it."""
+    return (*_DATA_FILES, "*.py") if trust_remote_code else _DATA_FILES
+
+
+def copy_transformers_model(folder: Path, trust_remote_code: bool, output: Path) -> None:
+    """Copy a transformers folder's top level (by hard links where it can), after opening its weights once."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: is a file, not a transformers folder: name its folder, or set format: gguf")
+    patterns = wanted_files(trust_remote_code)
+    files = [
+        file
+        for file in sorted(folder.iterdir())
+        if file.is_file() and file.name != "manifest.json" and any(fnmatch.fnmatch(file.name, p) for p in patterns)
+    ]
+    weights = [file for file in files if file.suffix == ".safetensors"]
+    if not weights:
+        raise UserError(f"{folder}: holds no .safetensors: pickled weights are never loaded, convert them first")
+    for required in ("config.json", "tokenizer_config.json"):
+        if folder / required not in files:
+            raise UserError(f"{folder}: holds no {required}: it is not a complete transformers folder")
+    for file in weights:
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise UserError(f"{file}: is not a whole safetensors file ({error}): fetch it again") from None
+    for file in files:
+        _link_or_copy(file.resolve(), output / file.name)
+    config = read_json(output / "config.json")
+    if config.get("use_cache") is False:
+        (output / "config.json").unlink()  # never write through a hard link
+        write_json(output / "config.json", {**config, "use_cache": True})
+
+
+def convert_gguf(file: Path, fixes: Sequence[str], output: Path) -> None:
+    """Write `file` as a float32 transformers folder; `fixes` names the faults of its loading to mend.
+
+    Raises `UserError` where the file is no GGUF, is cut short, or has an architecture that transformers cannot read.
+    """
+    special = _special_token_ids(file)
+    logger.info("converting %s to safetensors", file.name)
+    location = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            **location, quantization_config=GgufConfig(gguf_file=file.name, dequantize=True), dtype=torch.float32
+        )
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(**location)
+    except (ValueError, KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{file.name}: transformers cannot read this GGUF file: {reason}") from error
+    if "smollm2_digit_pretokenizer" in fixes:
+        # The loader forgets that this tokenizer splits numbers into digits.
+        tokenizer.backend_tokenizer.pre_tokenizer = PreTokenizers(
+            [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
+        )
+    if "tie_embeddings" in fixes:
+        _tie_embeddings(model)
+    _restore_special_tokens(model, tokenizer, special)
+    model.config.use_cache = True
+    model.save_pretrained(output)
+    tokenizer.save_pretrained(output)
+
+
+def _special_token_ids(file: Path) -> dict[str, int]:
+    """Ids of the special tokens as the file's own metadata states them: keys bos, eos, pad, unk."""
+    try:
+        fields = GGUFReader(file).fields
+        ids = {name: fields.get(f"tokenizer.ggml.{key}_token_id") for name, key in _SPECIAL_TOKENS.items()}
+        return {name: int(field.contents()) for name, field in ids.items() if field is not None}
+    except (ValueError, IndexError, KeyError, OverflowError, MemoryError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(f"{file.name}: is not a whole GGUF file ({reason}): fetch it again") from None
+
+
+def _tie_embeddings(model: PreTrainedModel) -> None:
+    """Make embedding and output one matrix again, in the output's (finer quantised) values."""
+    with torch.no_grad():
+        model.get_input_embeddings().weight.copy_(model.get_output_embeddings().weight)
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+
+
+def _restore_special_tokens(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, special: dict[str, int]
+) -> None:
+    """Give tokenizer, model and generation the file's special tokens; the loader ends SmolLM2's turns wrongly."""
+    for name, index in special.items():
+        setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(index))
+        if name != "unk":
+            setattr(model.config, f"{name}_token_id", index)
+    # Both would change decoded text and neither is the models' own.
+    tokenizer.clean_up_tokenization_spaces = False
+    tokenizer.model_max_length = model.config.max_position_embeddings
+    ids = {f"{name}_token_id": index for name, index in special.items() if name != "unk"}
+    model.generation_config = GenerationConfig(**ids, use_cache=True)
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    """A hard link costs no space; the files of both sides are only ever replaced, never written into."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

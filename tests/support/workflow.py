@@ -1,0 +1,140 @@
+"""A copy of the workflow in a folder of its own, with a tiny model and data set: for tests that run or plan it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PARTS = ("Snakefile", "rules", "src", "workflow_scripts", "config", "profiles", "docs/captions")
+
+TINY_STUDY: dict[str, Any] = {
+    "models": ["tiny"],
+    "conditions": ["base_zero_shot", "base_few_shot", "baseline", "online_v1", "kl_t1"],
+    "task": {
+        "dataset": "tiny_arithmetic",
+        "train": {"source": "all", "size": 12},
+        "validation": {"source": "all", "size": 6},
+        "test": {"source": "all", "size": 6},
+    },
+    "defaults": {
+        "teacher": {"context": {"shots": 2}, "cache_top_k": 8},
+        "distillation": {"top_k": 8},
+        "training": {
+            "steps": 4,
+            "batch_size": 4,
+            "save_every": 2,
+            "resume_every": 1,
+            "schedule": {"warmup_steps": 1},
+            "lora": {"rank": 2},
+            "precision": "fp32",
+        },
+    },
+    "task_teacher": {"steps": 2, "batch_size": 4, "save_every": 2, "schedule": {"warmup_steps": 1}},
+    "evaluation": {
+        "engine": {"kind": "transformers", "max_model_length": 2048},
+        "generation": {"max_new_tokens": 8},
+        "few_shot_counts": [2],
+        "generated_items": 4,
+    },
+}
+
+
+@dataclass(frozen=True)
+class Workflow:
+    """One folder with the workflow in it."""
+
+    directory: Path
+
+    def run(self, *arguments: str, config: str = "tiny.yaml", check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Run snakemake here, on the folder's own sources."""
+        environment = {**os.environ, "PYTHONPATH": str(self.directory / "src"), "HF_HUB_OFFLINE": "1"}
+        environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+        command = [sys.executable, "-m", "snakemake", "--configfile", config, "--cores", "2", *arguments]
+        done = subprocess.run(command, cwd=self.directory, env=environment, capture_output=True, text=True)
+        if check and done.returncode:
+            raise AssertionError(f"{' '.join(command)}\n{done.stdout[-6000:]}\n{done.stderr[-6000:]}")
+        return done
+
+    def planned(self, *arguments: str, config: str = "tiny.yaml") -> dict[str, int]:
+        """The jobs that a dry run would start, counted by rule, targets left out."""
+        done = self.run("-n", *arguments, config=config)
+        text = done.stdout + done.stderr
+        table = re.search(r"Job stats:\n(.*?)\n\n", text, re.DOTALL)
+        if table is None:
+            assert "Nothing to be done" in text, text[-3000:]
+            return {}
+        rows = [line.split() for line in table[1].splitlines()[2:]]
+        return {rule: int(count) for rule, count in rows if rule not in {"all", "total"}}
+
+    def edit(self, path: str, old: str, new: str) -> None:
+        """Replace text in one of the folder's files; the text must be there."""
+        file = self.directory / path
+        text = file.read_text()
+        assert old in text, f"{path} has no {old!r}"
+        file.write_text(text.replace(old, new, 1))
+
+
+def make_workflow(directory: Path, model: Path, study: dict[str, Any] | None = None) -> Workflow:
+    """Copy the workflow's parts and write `tiny.yaml`, a configuration on a tiny model and made-up arithmetic."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for part in PARTS:
+        source, target = REPOSITORY / part, directory / part
+        if source.is_dir():
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+        else:
+            shutil.copy(source, target)
+    data = directory / "assets" / "arithmetic"
+    data.mkdir(parents=True)
+    with (data / "all.jsonl").open("w") as stream:
+        for number in range(30):
+            record = {
+                "id": f"sum-{number}",
+                "question": f"Ann has {number} apples and buys {number + 1} more. How many has she?",
+                "answer": f"{number} + {number + 1} = {2 * number + 1}\n#### {2 * number + 1}",
+            }
+            stream.write(json.dumps(record) + "\n")
+    shutil.copytree(model, directory / "assets" / "tiny")
+    write_config(directory / "tiny.yaml", study or {})
+    return Workflow(directory)
+
+
+def write_config(path: Path, study: dict[str, Any]) -> None:
+    """Write the tiny configuration with overrides of the study's settings."""
+    configuration = {
+        "models": {
+            "tiny": {
+                "format": "transformers",
+                "licence": "none",
+                "sources": [{"kind": "path", "path": "assets/tiny"}],
+            }
+        },
+        "datasets": {
+            "tiny_arithmetic": {
+                "reader": "gsm8k",
+                "splits": {"all": "all.jsonl"},
+                "licence": "none",
+                "sources": [{"kind": "path", "path": "assets/arithmetic"}],
+            }
+        },
+        "context_distillation": merged(TINY_STUDY, study),
+    }
+    path.write_text(yaml.safe_dump(configuration, sort_keys=False))
+
+
+def merged(base: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """`base` with `other` laid over it, mappings merged."""
+    result = dict(base)
+    for key, value in other.items():
+        mapping = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = merged(result[key], value) if mapping else value
+    return result

@@ -1,0 +1,55 @@
+"""Parameter groups: which learning rate and which weight decay a parameter gets."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaForCausalLM
+
+from stillhouse.runtime.errors import UserError
+from stillhouse.training.optimizers import build_optimizer, parameter_groups, set_learning_rate
+from tests.support.tiny_models import tiny_llama_config
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    return LlamaForCausalLM(tiny_llama_config())
+
+
+def members(model: nn.Module, multipliers: dict[str, float]) -> dict[str, set[str]]:
+    return {group.name: set(group.parameters) for group in parameter_groups(model, multipliers)}
+
+
+def test_a_module_name_matches_whole_components_of_the_path(model: LlamaForCausalLM) -> None:
+    groups = members(model, {"embed_tokens": 0.1})
+    assert groups["embed_tokens"] == {"model.embed_tokens.weight"}
+    # "norm" is the final norm, not the "input_layernorm" that contains its letters.
+    assert members(model, {"norm": 0.5})["norm"] == {"model.norm.weight"}
+
+
+def test_the_deepest_match_wins(model: LlamaForCausalLM) -> None:
+    groups = members(model, {"layers.0": 0.1, "q_proj": 2.0})
+    assert "model.layers.0.self_attn.q_proj.weight" in groups["q_proj"]
+    assert "model.layers.0.self_attn.k_proj.weight" in groups["layers.0"]
+    assert "model.layers.1.self_attn.k_proj.weight" in groups["base"]
+
+
+def test_an_unknown_module_name_is_refused_with_the_nearest(model: LlamaForCausalLM) -> None:
+    with pytest.raises(UserError, match="'embed_token'; nearest: 'embed_tokens'"):
+        parameter_groups(model, {"embed_token": 0.1})
+
+
+def test_a_wholly_frozen_model_is_refused() -> None:
+    with pytest.raises(UserError, match="nothing to train"):
+        parameter_groups(nn.Linear(2, 2).requires_grad_(False), {})
+
+
+def test_norms_and_biases_are_not_decayed_and_groups_scale_the_rate(model: LlamaForCausalLM) -> None:
+    optimizer = build_optimizer(
+        parameter_groups(model, {"lm_head": 0.5}), 1e-3, weight_decay=0.1, device=torch.device("cpu")
+    )
+    for group in optimizer.param_groups:
+        assert group["weight_decay"] == (0.1 if group["params"][0].ndim == 2 else 0.0)
+    assert set_learning_rate(optimizer, 1e-2) == {"base": 1e-2, "lm_head": 5e-3}
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))

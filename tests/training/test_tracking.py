@@ -1,0 +1,83 @@
+"""Trackers: refused where absent, told their run's id, and told the same one after a resume."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import accelerate.tracking
+import pytest
+from accelerate.utils import LoggerType
+
+from stillhouse.config.training import TrackingSettings
+from stillhouse.runtime.errors import UserError
+from stillhouse.training.processes import TrainingInterrupted
+from stillhouse.training.tracking import flat, new_run_id, tracker_arguments
+from tests.training.tiny_run import AnswerCrossEntropy, tiny_settings, tiny_train
+
+
+def test_a_missing_tracker_is_refused_before_training(tiny_llama: Path, tmp_path: Path) -> None:
+    if "wandb" in sys.modules or LoggerType.WANDB in accelerate.tracking.get_available_trackers():
+        pytest.skip("wandb is installed")
+    with pytest.raises(UserError, match="'wandb' is not installed: pip install wandb"):
+        tiny_train(tiny_llama, tmp_path, tiny_settings(), tracking=TrackingSettings(trackers=("wandb",)))
+    assert not (tmp_path / "work").exists()
+
+
+class FakeWandb:
+    """Records what the trainer asks of W&B."""
+
+    def __init__(self) -> None:
+        self.runs: list[dict[str, Any]] = []
+        self.logged: list[int] = []
+        self.config = SimpleNamespace(update=lambda *values, **options: None)
+
+    def init(self, **arguments: Any) -> SimpleNamespace:
+        self.runs.append(arguments)
+        return SimpleNamespace(
+            log=lambda values, step, **options: self.logged.append(step), finish=lambda: None, config=self.config
+        )
+
+
+def test_wandb_keeps_its_run_over_a_resume(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import signal
+
+    wandb = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)  # type: ignore[arg-type]
+    available = [*accelerate.tracking.get_available_trackers(), LoggerType.WANDB]
+    monkeypatch.setattr(accelerate.tracking, "_available_trackers", available)
+    options: dict[str, Any] = {
+        "tracking": TrackingSettings(trackers=("wandb",), project="distillation"),
+        "run_name": "baseline",
+    }
+    with pytest.raises(TrainingInterrupted):
+        tiny_train(tiny_llama, tmp_path, tiny_settings(), AnswerCrossEntropy(3, signal.SIGTERM), **options)
+    tiny_train(tiny_llama, tmp_path, tiny_settings(), **options)
+
+    first, second = wandb.runs
+    assert first == second
+    assert first["project"] == "distillation" and first["name"] == "baseline"
+    assert first["resume"] == "allow" and len(first["id"]) == 32
+    assert wandb.logged == list(range(1, 9))
+
+
+def test_every_tracker_of_the_configuration_can_be_continued() -> None:
+    from typing import get_args
+
+    [names, _] = get_args(TrackingSettings.model_fields["trackers"].annotation)
+    for name in get_args(names):
+        run_id = new_run_id(name) or "chosen-by-the-server"
+        arguments = tracker_arguments(name, run_id, "baseline", Path("work"))
+        assert run_id in arguments.values() or "resume" in arguments, name
+
+
+def test_nested_settings_become_plain_dotted_values() -> None:
+    assert flat({"lora": {"rank": 4, "target_modules": ["q_proj"]}, "packing": True}) == {
+        "lora.rank": 4,
+        "lora.target_modules": "['q_proj']",
+        "packing": True,
+    }

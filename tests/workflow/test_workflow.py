@@ -1,0 +1,190 @@
+"""The whole workflow on a tiny model: it runs, then there is nothing to do, and a change reruns what it reaches."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.workflow import Workflow, make_workflow, write_config
+
+STUDY = "src/stillhouse/studies/context_distillation"
+FIGURES = {"context_distillation_figure": 5}
+REPORT = {"context_distillation_report": 1, "results_page": 1}
+AFTER_EVALUATION = {"context_distillation_figure": 4, **REPORT}
+AFTER_TRAINING = {"context_distillation_evaluate": 1, **FIGURES, **REPORT}
+TRAIN = {"context_distillation_train": 3, **AFTER_TRAINING}
+CACHES = {"context_distillation_teacher_cache": 2}
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Workflow:
+    """A workflow that has run to its end."""
+    workflow = make_workflow(tmp_path_factory.mktemp("workflow") / "project", tiny_model)
+    workflow.run()
+    return workflow
+
+
+@pytest.fixture
+def project(finished: Workflow) -> Workflow:
+    """The finished workflow; what a test edits is put back."""
+    sources = [path for part in ("src", "rules", "workflow_scripts") for path in (finished.directory / part).rglob("*")]
+    sources = [path for path in sources if path.is_file() and path.suffix != ".pyc"]
+    before = {path: path.read_bytes() for path in sources}
+    yield finished
+    for path, content in before.items():
+        path.write_bytes(content)
+
+
+def test_everything_that_was_asked_for_is_made(finished: Workflow) -> None:
+    results = finished.directory / "results"
+    assert "## Context distillation" in (results / "results.md").read_text()
+    for figure in ("summary", "checkpoint_curve", "ablation_curve", "ablation_bars", "loss"):
+        for suffix in ("png", "svg"):
+            assert (results / f"figures/context_distillation/{figure}.{suffix}").stat().st_size > 1000
+    assert list((results / "tables/context_distillation").glob("*.tex"))
+    assert list((results / "tables/context_distillation").glob("*.csv"))
+    record = json.loads((results / "context_distillation/tiny/students/online_v1/seed_42/run.json").read_text())
+    assert record["settings"]["run"]["distillation"]["top_k"] == 8
+    assert {"code", "data", "git", "packages", "devices", "seconds", "peak_memory_mib"} <= set(record)
+
+
+def test_a_second_run_has_nothing_to_do(project: Workflow) -> None:
+    assert project.planned() == {}
+
+
+def test_touching_every_source_reruns_nothing(project: Workflow) -> None:
+    for path in project.directory.rglob("*"):
+        if path.is_file() and not path.is_relative_to(project.directory / ".snakemake"):
+            if path.suffix in {".py", ".smk", ".yaml"} or path.name == "Snakefile":
+                os.utime(path)
+    assert project.planned() == {}
+
+
+def test_a_comment_in_every_module_reruns_nothing(project: Workflow) -> None:
+    for path in (project.directory / "src").rglob("*.py"):
+        path.write_text(path.read_text() + "\n# A remark.\n")
+    assert project.planned() == {}
+
+
+@pytest.mark.parametrize(
+    ("module", "rerun"),
+    [
+        (f"{STUDY}/figures/summary.py", {"context_distillation_figure": 1}),
+        (f"{STUDY}/report.py", REPORT),
+        ("src/stillhouse/reporting/results_page.py", {"results_page": 1}),
+        (f"{STUDY}/evaluate.py", {"context_distillation_evaluate": 1, **AFTER_EVALUATION}),
+        (f"{STUDY}/objective.py", TRAIN),
+        ("src/stillhouse/training/schedules.py", TRAIN),
+        (f"{STUDY}/teacher.py", {**CACHES, **TRAIN, "context_distillation_train": 2}),
+        ("src/stillhouse/data/splits.py", {"context_distillation_split": 1, **CACHES, **TRAIN}),
+    ],
+)
+def test_a_change_of_a_module_reruns_exactly_what_it_reaches(
+    project: Workflow, module: str, rerun: dict[str, int]
+) -> None:
+    path = project.directory / module
+    path.write_text(path.read_text() + "\nCHANGED = 1\n")
+    assert project.planned() == rerun
+
+
+@pytest.mark.parametrize(
+    ("change", "rerun"),
+    [
+        (
+            {"evaluation": {"generation": {"max_new_tokens": 9}}},
+            {"context_distillation_evaluate": 1, **AFTER_EVALUATION},
+        ),
+        ({"defaults": {"training": {"learning_rate": 1e-3}}}, TRAIN),
+        ({"defaults": {"distillation": {"weight": 0.7}}}, TRAIN),
+        (
+            {"condition_settings": {"kl_t1": {"distillation": {"temperature": 1.5}}}},
+            {"context_distillation_train": 1, **AFTER_TRAINING},
+        ),
+        (
+            {"defaults": {"teacher": {"context": {"shots": 3}}}},
+            {**CACHES, **TRAIN, "context_distillation_train": 3},
+        ),
+        (
+            {"conditions": ["base_zero_shot", "base_few_shot", "baseline", "online_v1", "kl_t1", "random_k"]},
+            {"context_distillation_train": 1, **AFTER_TRAINING},
+        ),
+        ({"seeds": [42, 7]}, TRAIN),
+    ],
+)
+def test_a_change_of_a_setting_reruns_exactly_what_reads_it(
+    project: Workflow, change: dict, rerun: dict[str, int]
+) -> None:
+    write_config(project.directory / "changed.yaml", change)
+    assert project.planned(config="changed.yaml") == rerun
+
+
+def test_the_number_of_gpus_and_cores_reruns_nothing(project: Workflow) -> None:
+    resources = ["resources={training: {gpus: 4, threads: 1, memory_mb: 9000}}"]
+    assert project.planned("--resources", "gpu=4", "--config", *resources) == {}
+
+
+def test_one_figure_asked_for_by_its_path_needs_only_its_own_jobs(tiny_model: Path, tmp_path: Path) -> None:
+    workflow = make_workflow(tmp_path / "project", tiny_model)
+    assert workflow.planned("results/figures/context_distillation/loss.png") == {
+        "model": 1,
+        "dataset": 1,
+        "context_distillation_split": 1,
+        "context_distillation_teacher_cache": 2,
+        "context_distillation_train": 3,
+        "context_distillation_figure": 1,
+    }
+
+
+def test_the_dag_can_be_drawn(project: Workflow) -> None:
+    assert project.run("--dag", "mermaid-js").stdout.lstrip().startswith(("---", "flowchart", "graph"))
+
+
+def test_the_workflow_never_imports_torch(project: Workflow) -> None:
+    code = (
+        "import sys, runpy; sys.argv = ['snakemake', '-n', '--configfile', 'tiny.yaml', '--cores', '1']\n"
+        "from snakemake.cli import main\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "print('torch' in sys.modules, 'transformers' in sys.modules)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(project.directory / "src")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=project.directory, env=environment, capture_output=True, text=True
+    )
+    assert done.stdout.splitlines()[-1] == "False False"
+
+
+def test_two_workflows_in_one_directory_are_told_apart(project: Workflow) -> None:
+    lock = project.directory / ".snakemake" / "locks"
+    lock.mkdir(exist_ok=True)
+    for kind in ("input", "output"):
+        (lock / f"0.{kind}.lock").write_text(str(project.directory / "results/results.md"))
+    try:
+        done = project.run("--forceall", "results/results.md", check=False)
+    finally:
+        for file in lock.iterdir():
+            file.unlink()
+    assert done.returncode == 1
+    assert "cannot be locked" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["results/figures/context_distillation/sumary.png"],
+            "unknown figure 'sumary': did you mean 'summary'?",
+        ),
+        (["--config", "context_distillation={defaults: {training: {step: 3}}}"], "did you mean 'steps'?"),
+        (["--configfile", "absent.yaml"], "absent.yaml"),
+    ],
+)
+def test_a_wrong_request_gets_one_clear_line(project: Workflow, arguments: list[str], message: str) -> None:
+    done = project.run("-n", *arguments, check=False)
+    assert done.returncode != 0
+    assert message in done.stderr + done.stdout
