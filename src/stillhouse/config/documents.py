@@ -6,6 +6,7 @@ They are committed, so that editors and readers have them; a test fails when the
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, get_args
 
@@ -16,7 +17,7 @@ from pydantic.fields import FieldInfo
 
 def yaml_document(configuration: BaseModel, header: str) -> str:
     """All settings as YAML, each described field with its description as a comment."""
-    return f"{header}\n" + "".join(f"{line}\n" for line in _yaml_lines(configuration, 0))
+    return f"{header}\n" + "".join(f"{line}\n" for line in _yaml_lines(configuration, 0, set()))
 
 
 def schema_document(model: type[BaseModel]) -> str:
@@ -40,43 +41,38 @@ def reference_document(configuration: BaseModel, published: BaseModel, header: s
     return "".join(parts)
 
 
-def _yaml_lines(model: BaseModel, depth: int) -> Iterator[str]:
+def _yaml_lines(model: BaseModel, depth: int, explained: set[str]) -> Iterator[str]:
+    """The fields of a model; a description that was given already is not repeated in every entry of a catalogue."""
     indent = "  " * depth
     for name, field in type(model).model_fields.items():
-        value = getattr(model, name)
-        if field.description:
+        if field.description and field.description not in explained:
+            explained.add(field.description)
             yield f"{indent}# {field.description}"
-        yield from _yaml_value(name, value, indent, depth)
+        yield from _yaml_value(name, getattr(model, name), depth, explained)
 
 
-def _yaml_value(name: str, value: Any, indent: str, depth: int) -> Iterator[str]:
+def _yaml_value(name: str, value: Any, depth: int, explained: set[str]) -> Iterator[str]:
+    indent = "  " * depth
     if isinstance(value, BaseModel):
         yield f"{indent}{name}:"
-        yield from _yaml_lines(value, depth + 1)
+        yield from _yaml_lines(value, depth + 1, explained)
     elif isinstance(value, Mapping) and any(isinstance(item, (BaseModel, Mapping)) for item in value.values()):
         yield f"{indent}{name}:"
         for key, item in value.items():
-            yield from _yaml_value(key, item, indent + "  ", depth + 1)
+            yield from _yaml_value(key, item, depth + 1, explained)
     elif isinstance(value, (list, tuple)) and any(isinstance(item, BaseModel) for item in value):
         yield f"{indent}{name}:"
-        dumped = yaml.safe_dump([item.model_dump(mode="json") for item in value], sort_keys=False, width=110)
+        dumped = yaml.safe_dump([item.model_dump(mode="json") for item in value], sort_keys=False, width=116)
         yield from (f"{indent}  {line}" for line in dumped.splitlines())
     else:
         yield f"{indent}{name}: {_flow(value)}"
 
 
 def _flow(value: Any) -> str:
-    """A value on one line; numbers as JSON writes them, which YAML 1.1 and 1.2 read alike."""
-    if isinstance(value, tuple):
-        value = list(value)
-    if isinstance(value, str):
-        text = yaml.safe_dump(value, width=10_000, default_flow_style=True).removesuffix("\n")
-        return text.removesuffix("\n...")
-    if isinstance(value, list):
-        return "[" + ", ".join(_flow(item) for item in value) + "]"
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{key}: {_flow(item)}" for key, item in value.items()) + "}"
-    return json.dumps(value)
+    """A value on one line of YAML."""
+    plain = list(value) if isinstance(value, tuple) else value
+    text = yaml.safe_dump(plain, default_flow_style=True, sort_keys=False, width=sys.maxsize, allow_unicode=True)
+    return text.removesuffix("\n").removesuffix("\n...")
 
 
 def _rows(value: Any, published: Any, prefix: str) -> Iterator[tuple[str, str, str, str]]:

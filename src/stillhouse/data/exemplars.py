@@ -19,9 +19,7 @@ from stillhouse.data.records import MathProblem
 from stillhouse.runtime.errors import UserError
 
 Sampling = Literal["per_example", "grouped", "fixed"]
-Exemplars = Literal[
-    "worked", "question_only", "shuffled_answers", "shuffled_answers_as_published", "wrong_answers"
-]
+Exemplars = Literal["worked", "question_only", "shuffled_answers", "shuffled_answers_as_published", "wrong_answers"]
 _FINAL_NUMBER = re.compile(r"####\s*(-?[\d,]*\.?\d+)")
 
 
@@ -56,9 +54,7 @@ class ShotSampler:
                 "lower shots or use more examples"
             )
         if self.exemplars.startswith("shuffled") and self.shots == 1:
-            raise UserError(
-                "context.exemplars: answers can be shuffled among 2 shots or more, but shots is 1"
-            )
+            raise UserError("context.exemplars: answers can be shuffled among 2 shots or more, but shots is 1")
 
     def group(self, index: int) -> int | None:
         """Which examples share one set of shots with example `index`; None where each has its own."""
@@ -86,9 +82,7 @@ class ShotSampler:
             chosen = generator.sample(others, self.shots)
         else:
             if index in self.reserved_examples():
-                raise ValueError(
-                    f"example {index} is one of the fixed shots and cannot be taught with itself"
-                )
+                raise ValueError(f"example {index} is one of the fixed shots and cannot be taught with itself")
             generator = random.Random(self.seed)
             order = list(range(count))
             generator.shuffle(order)
@@ -102,9 +96,7 @@ def evaluation_shots(train_problems: Items[MathProblem], count: int, seed: int) 
         raise UserError(
             f"few-shot evaluation asks for {count} shots but the training set has {len(train_problems)} examples"
         )
-    return apply_control(
-        random.Random(seed).sample(list(train_problems), count), "worked", random.Random(seed)
-    )
+    return apply_control(random.Random(seed).sample(list(train_problems), count), "worked", random.Random(seed))
 
 
 def apply_control(problems: Items[MathProblem], exemplars: Exemplars, generator: random.Random) -> list[Shot]:

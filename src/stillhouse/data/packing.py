@@ -124,9 +124,7 @@ def pack(sequences: Iterable[Sequence], rows: Rows = "predicting") -> AnswerBatc
     return AnswerBatch(
         sequences,
         input_ids=torch.tensor([list(chain.from_iterable(sequence.input_ids for sequence in sequences))]),
-        position_ids=torch.tensor(
-            [list(chain.from_iterable(range(len(sequence)) for sequence in sequences))]
-        ),
+        position_ids=torch.tensor([list(chain.from_iterable(range(len(sequence)) for sequence in sequences))]),
         attention_mask=None,
         logit_columns=torch.tensor(columns),
         logit_rows=torch.arange(len(columns)),
@@ -148,8 +146,7 @@ def pad(sequences: Iterable[Sequence], rows: Rows = "predicting", pad_id: int = 
         position_ids[row, start:] = torch.arange(len(sequence))
         attention_mask[row, start:] = 1
     positions = [
-        [longest - len(sequence) + position for position in sequence.logit_positions(rows)]
-        for sequence in sequences
+        [longest - len(sequence) + position for position in sequence.logit_positions(rows)] for sequence in sequences
     ]
     first = min(chain.from_iterable(positions))
     columns = range(first, 1 + max(chain.from_iterable(positions)))

@@ -54,9 +54,7 @@ class PromptRenderer:
         bare = [shot.question for shot in shots if shot.answer is None]
         if not self.chat:
             parts = [f"Question: {asked}\nAnswer: {answer}" for asked, answer in worked]
-            return "\n\n".join(
-                [*parts, *(f"Question: {asked}" for asked in bare), f"Question: {question}\nAnswer:"]
-            )
+            return "\n\n".join([*parts, *(f"Question: {asked}" for asked in bare), f"Question: {question}\nAnswer:"])
         messages = [
             {"role": role, "content": content}
             for pair in worked
@@ -86,9 +84,7 @@ class PromptRenderer:
         return ids
 
 
-def prompt_renderer(
-    tokenizer: PreTrainedTokenizerBase, prompt_format: PromptFormat = "auto"
-) -> PromptRenderer:
+def prompt_renderer(tokenizer: PreTrainedTokenizerBase, prompt_format: PromptFormat = "auto") -> PromptRenderer:
     """Choose chat or plain and check that the tokenizer can do it.
 
     Raises UserError where chat was asked of a tokenizer without a template, where the template leaves a thinking
@@ -104,9 +100,7 @@ def prompt_renderer(
         _require_thinking_off(tokenizer)
     turn_end = _turn_end(tokenizer) if chat else tokenizer.eos_token_id
     if turn_end is None:
-        raise UserError(
-            f"{tokenizer.name_or_path}: the tokenizer has no end-of-sequence token: set eos_token"
-        )
+        raise UserError(f"{tokenizer.name_or_path}: the tokenizer has no end-of-sequence token: set eos_token")
     return PromptRenderer(tokenizer, chat, turn_end)
 
 
@@ -140,17 +134,13 @@ def within_limit(
         else:
             skipped.append((sequence.example_id, len(sequence)))
     if skipped:
-        logger.warning(
-            "skipped %d of %d examples over %s=%d", len(skipped), len(skipped) + len(kept), key, limit
-        )
+        logger.warning("skipped %d of %d examples over %s=%d", len(skipped), len(skipped) + len(kept), key, limit)
     return kept, SkippedReport(limit, tuple(skipped))
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], *, thinking: bool) -> str:
     # enable_thinking is a keyword of its own: transformers 5 ignores it inside chat_template_kwargs.
-    text = tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=True, enable_thinking=thinking
-    )
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=thinking)
     assert isinstance(text, str)
     if not thinking and text.rfind("<think>") > text.rfind("</think>"):
         raise UserError(

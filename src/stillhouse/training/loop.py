@@ -193,7 +193,7 @@ class Trainer:
         self.model.train()
         with StopRequest() as stop:
             for step in range(completed + 1, settings.steps + 1):
-                row, stopped = self.update(step, stop.received)
+                row, stopped = self.update(step, stop)
                 if metrics and report and (step % settings.log_every == 0 or step == settings.steps):
                     metrics.append(row)
                     watch.log(row)
@@ -215,14 +215,14 @@ class Trainer:
             metrics.close()
             report.close()
 
-    def update(self, step: int, stop: bool) -> tuple[dict[str, float], bool]:
+    def update(self, step: int, stop: StopRequest) -> tuple[dict[str, float], bool]:
         """Make one optimiser update; returns its row of metrics, and whether any process wants to stop."""
         started = time.monotonic()
         rate = self.settings.learning_rate * learning_rate_factor(
             step - 1, self.settings.schedule, self.settings.steps
         )
         rates = set_learning_rate(self.optimizer, rate)
-        own = self._accumulate_within_memory(step) | {"stop": float(stop)}
+        own = self._accumulate_within_memory(step) | {"stop": float(stop.received)}
         sums = sum_statistics(own, self.device)
         sum_gradients(self.parameters.values())
         count, tokens = sums.pop("count"), sums.pop("tokens")

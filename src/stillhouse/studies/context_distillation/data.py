@@ -53,9 +53,7 @@ class ContextDistillationData:
 
 def shot_sampler(problems: Items[MathProblem], context: ContextSettings) -> ShotSampler:
     """The sampler that a context's settings describe. Raises UserError where there are too few examples."""
-    return ShotSampler(
-        problems, context.shots, context.sampling, context.groups, context.exemplars, context.seed
-    )
+    return ShotSampler(problems, context.shots, context.sampling, context.groups, context.exemplars, context.seed)
 
 
 def teacher_examples(
@@ -97,9 +95,7 @@ def student_data(
     `untaught` are the ids that the teacher skipped.
     """
     reserved = shot_sampler(problems, context).reserved_examples()
-    taught = [
-        problem for index, problem in enumerate(problems) if index not in reserved and problem.id not in untaught
-    ]
+    taught = [problem for index, problem in enumerate(problems) if index not in reserved and problem.id not in untaught]
     kept, skipped = within_limit(map(renderer.sequence, taught), max_length, overlong, "max_length")
     rows: Rows = "with_last" if positions == "one_late" else "predicting"
     return ContextDistillationData(kept, skipped, packing=packing, rows=rows)

@@ -12,8 +12,6 @@ last one are.
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -55,7 +53,7 @@ class ContextDistillationObjective:
         return LossTerms(total, micro_batch.answer_tokens, terms)
 
     def weight(self, step: int) -> float:
-        """The distillation term's weight in update `step` (from 1): lambda, or 0 outside the window of a timing ablation."""
+        """Lambda, or 0 where update `step` (from 1) is outside the window of a timing ablation."""
         first, last = self.settings.only_first_steps, self.settings.only_last_steps
         inside = (
             (first is None and last is None)
@@ -83,8 +81,7 @@ class ContextDistillationObjective:
             return mean_squared_difference(student, ids.long(), values)
         teacher = self._teacher_logits(targets, rows)
         if self.settings.loss == "mse_random_k":
-            ids = torch.cat([self._random_ids(s.example_id, len(s.answer_ids), teacher.shape[1]) for s in batch.sequences])
-            ids = ids.to(logits.device)[rows]
+            ids = self._random_ids(batch, teacher.shape[1]).to(logits.device)[rows]
             return mean_squared_difference(student, ids, teacher.gather(1, ids))
         return kl_divergence(student, teacher, self.settings.temperature)
 
@@ -92,8 +89,21 @@ class ContextDistillationObjective:
         assert self.teacher is not None and self.teacher.head is not None and targets.hidden is not None
         return self.teacher.head.logits(targets.hidden[rows]).float()
 
-    def _random_ids(self, example_id: str, answer_tokens: int, vocab_size: int) -> Tensor:
-        return _random_ids(self.seed, example_id, answer_tokens + 1, self.settings.top_k, vocab_size)
+    def _random_ids(self, batch: AnswerBatch, vocab_size: int) -> Tensor:
+        """Ids [target rows, K], the same in every epoch.
+
+        Drawn with replacement: the mean over them estimates the mean over the whole vocabulary.
+        """
+        top_k = self.settings.top_k
+        draws = [
+            torch.randint(
+                vocab_size,
+                (len(sequence.answer_ids) + 1, top_k),
+                generator=generator(self.seed, "random ids", sequence.example_id),
+            )
+            for sequence in batch.sequences
+        ]
+        return torch.cat(draws)
 
 
 def mean_squared_difference(student: Tensor, ids: Tensor, values: Tensor) -> Tensor:
@@ -116,9 +126,3 @@ def _distilled_rows(lengths: list[int], *, late: bool) -> Tensor:
         rows.extend(range(start + late, start + late + length))
         start += length + 1
     return torch.tensor(rows)
-
-
-@lru_cache(maxsize=4096)
-def _random_ids(seed: int, example_id: str, rows: int, count: int, vocab_size: int) -> Tensor:
-    """Ids [rows, count], drawn with replacement: the mean over them estimates that over the whole vocabulary."""
-    return torch.randint(vocab_size, (rows, count), generator=generator(seed, "random ids", example_id))
