@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from pydantic_core import to_jsonable_python
 from snakemake.exceptions import WorkflowError
 
 from stillhouse.config.layering import nearest
@@ -38,11 +39,7 @@ def known(what, name, valid):
 
 def settings(**leaves):
     """The settings that a step reads, as sorted `key=value` strings: its command line, and what makes it stale."""
-    plain = {
-        name: leaf.model_dump(mode="json") if hasattr(leaf, "model_dump") else leaf
-        for name, leaf in leaves.items()
-    }
-    return dotted_arguments(plain)
+    return dotted_arguments(to_jsonable_python(leaves))
 
 
 def named_inputs(wildcards, input):

@@ -152,9 +152,11 @@ def fake_student(directory: Path, condition: str, seed: int = 42, model: str = "
     lines = []
     for step in range(1, steps + 1):
         cross_entropy = 1.25 + gain * (1 - math.exp(-3 * step / steps)) + random.normal(0, 0.04)
-        row = {"step": step, "loss": cross_entropy + 0.3, "cross_entropy": cross_entropy, "gradient_norm": 1.0}
+        row = {"step": step, "loss": cross_entropy + 0.3, "ce": cross_entropy, "gradient_norm": 1.0}
         lines.append(json.dumps(row))
     (directory / "metrics.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     settings = {"condition": condition, "seed": seed, "model": f"resources/models/{model}", "run": {}}
-    write_json(directory / "run.json", {"module": "stillhouse.studies.context_distillation.train", "settings": settings})
+    write_json(
+        directory / "run.json", {"module": "stillhouse.studies.context_distillation.train", "settings": settings}
+    )
     return directory

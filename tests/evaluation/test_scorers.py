@@ -79,7 +79,10 @@ def test_the_published_scorer_sees_no_sign_and_cuts_decimals() -> None:
     assert published_answer("#### 1,200") == "1200"
     assert published_answer("#### -5") is None
     assert published_answer("#### 2.50") == "2"
-    assert published_correct("#### 2.75", "... #### 2.50") and not score_math_answer("#### 2.75", "#### 2.50").strict_correct
+    assert (
+        published_correct("#### 2.75", "... #### 2.50")
+        and not score_math_answer("#### 2.75", "#### 2.50").strict_correct
+    )
 
 
 def test_a_score_keeps_strict_flexible_and_marker_apart() -> None:

@@ -90,7 +90,9 @@ def test_a_paired_comparison_sees_what_unpaired_intervals_hide() -> None:
 
 
 def test_the_paired_p_is_uniform_enough_when_nothing_differs() -> None:
-    p_values = [paired_bootstrap(RANDOM.normal(size=40), RANDOM.normal(size=40), resamples=300).p_value for _ in range(300)]
+    p_values = [
+        paired_bootstrap(RANDOM.normal(size=40), RANDOM.normal(size=40), resamples=300).p_value for _ in range(300)
+    ]
     assert 0.02 <= np.mean(np.array(p_values) < 0.05) <= 0.10
 
 

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from stillhouse.config.evaluation import EngineSettings, GenerationSettings
 from stillhouse.evaluation.engines import open_engine
@@ -37,14 +39,27 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("vllm")
 
 
+def make_servable_llama(directory: Path, seed: int) -> Path:
+    """The tiny model with heads of 32, the smallest that vLLM's CPU attention serves."""
+    make_tiny_llama(directory)
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(LlamaConfig.from_pretrained(directory, head_dim=32))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(5.0)
+    model.save_pretrained(directory)
+    return directory
+
+
 @pytest.fixture(scope="module")
 def tiny(folder: Path) -> Path:
-    return make_tiny_llama(folder / "tiny")
+    return make_servable_llama(folder / "tiny", seed=0)
 
 
 @pytest.fixture(scope="module")
 def full_checkpoint(folder: Path) -> Path:
-    return make_tiny_llama(folder / "full", seed=1)
+    return make_servable_llama(folder / "full", seed=1)
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +139,11 @@ def test_what_vllm_cannot_serve_is_told(tiny: Path, tmp_path: Path, change: dict
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps({**config, **change}))
     assert reason in (objection(tiny, [adapter]) or "")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the limit is that of vLLM's CPU attention")
+def test_a_head_size_without_a_cpu_kernel_is_told(tmp_path: Path) -> None:
+    assert objection(make_tiny_llama(tmp_path), []) == "vLLM has no attention of head size 8 on a CPU"
 
 
 def test_an_architecture_that_vllm_does_not_know_is_told(tiny: Path, tmp_path: Path) -> None:

@@ -37,10 +37,8 @@ def word_problems(count: int, seed: int = 0) -> list[dict[str, str]]:
         problems.append(
             {
                 "id": f"problem-{index:04d}",
-                "question": f"{name} has {first} {thing} and buys {second} more. "
-                f"How many {thing} does {name} have?",
-                "answer": f"{name} has {first} + {second} = <<{first}+{second}={total}>>{total} {thing}.\n"
-                f"#### {total}",
+                "question": f"{name} has {first} {thing} and buys {second} more. How many {thing} does {name} have?",
+                "answer": f"{name} has {first} + {second} = <<{first}+{second}={total}>>{total} {thing}.\n#### {total}",
             }
         )
     return problems
@@ -88,9 +86,7 @@ def tiny_llama_config(vocab_size: int = 384) -> LlamaConfig:
     )
 
 
-def make_tiny_llama(
-    directory: Path, vocab_size: int = 384, seed: int = 0, chat_template: bool = True
-) -> Path:
+def make_tiny_llama(directory: Path, vocab_size: int = 384, seed: int = 0, chat_template: bool = True) -> Path:
     """Write the tiny model, its tokenizer and a manifest to `directory`, which is made and returned."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)

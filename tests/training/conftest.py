@@ -1,21 +1,19 @@
-"""One tiny model directory for all training tests."""
+"""Training tests run on the processor, also where there is a GPU; those marked `gpu` start programs."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
 import torch
 
-from tests.support.tiny_models import make_tiny_llama
 
-
-@pytest.fixture(scope="session")
-def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_llama(tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture(autouse=True)
-def few_threads() -> None:
-    """The tensors are tiny: threads only get in each other's way."""
+@pytest.fixture(autouse=True, scope="module")
+def one_thread_of_the_processor() -> Iterator[None]:
+    """Bit-equality is promised on the processor; the tensors are tiny, threads only get in each other's way."""
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("ACCELERATE_USE_CPU", "true")
+        yield
+    torch.set_num_threads(threads)

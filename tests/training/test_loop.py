@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from stillhouse.models.lora import checkpoint_kind, load_checkpoint, load_trainable
 from stillhouse.models.loading import load_model, load_tokenizer
+from stillhouse.models.lora import checkpoint_kind, load_checkpoint, load_trainable
 from stillhouse.runtime.errors import UserError
 from stillhouse.runtime.files import verify_manifest
 from stillhouse.training.data_order import examples_of_step, slice_of_process
@@ -29,8 +29,8 @@ def assert_equal_weights(left: nn.Module, right: nn.Module, tolerance: float = 1
 
 
 @pytest.fixture(scope="module")
-def reference(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> nn.Module:
-    return tiny_train(tiny_llama, tmp_path_factory.mktemp("reference"), tiny_settings())[0]
+def reference(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> nn.Module:
+    return tiny_train(tiny_model, tmp_path_factory.mktemp("reference"), tiny_settings())[0]
 
 
 @pytest.mark.parametrize(
@@ -39,25 +39,29 @@ def reference(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> nn.
     ids=["one example at a time", "whole batch", "padded", "checkpointed"],
 )
 def test_micro_batches_and_packing_change_nothing(
-    tiny_llama: Path, tmp_path: Path, reference: nn.Module, changes: dict[str, Any]
+    tiny_model: Path, tmp_path: Path, reference: nn.Module, changes: dict[str, Any]
 ) -> None:
-    model, _ = tiny_train(tiny_llama, tmp_path, tiny_settings(**changes))
+    model, _ = tiny_train(tiny_model, tmp_path, tiny_settings(**changes))
     # Adam divides by the gradient's own size, which magnifies rounding.
     assert_equal_weights(model, reference, tolerance=2e-5)
 
 
 @pytest.mark.parametrize("micro_batch_tokens", [1, 250, 10_000])
 def test_the_loss_is_the_mean_over_all_answer_tokens_of_the_update(
-    tiny_llama: Path, tmp_path: Path, micro_batch_tokens: int
+    tiny_model: Path, tmp_path: Path, micro_batch_tokens: int
 ) -> None:
     """With answers of uneven length a mean of micro-batch means would differ."""
     settings = tiny_settings(
-        steps=1, schedule={"warmup_steps": 0}, micro_batch_tokens=micro_batch_tokens, method="full", max_gradient_norm=1e9
+        steps=1,
+        schedule={"warmup_steps": 0},
+        micro_batch_tokens=micro_batch_tokens,
+        method="full",
+        max_gradient_norm=1e9,
     )
-    tiny_train(tiny_llama, tmp_path, settings)
+    tiny_train(tiny_model, tmp_path, settings)
     [row] = read_metrics(tmp_path / "output" / "metrics.jsonl")
 
-    model, data = load_model(tiny_llama, "fp32", "cpu"), ProblemData(tiny_llama)
+    model, data = load_model(tiny_model, "fp32", "cpu"), ProblemData(tiny_model)
     losses = []
     for index in examples_of_step(1, 5, len(data), seed=3):
         sequence = data.sequences[index]
@@ -74,20 +78,20 @@ def test_the_loss_is_the_mean_over_all_answer_tokens_of_the_update(
     assert row["units"] == sum(len(values) for values in losses)
 
 
-def test_training_lowers_the_loss_and_leaves_the_base_alone(tiny_llama: Path, tmp_path: Path) -> None:
-    model, result = tiny_train(tiny_llama, tmp_path, tiny_settings(steps=12))
+def test_training_lowers_the_loss_and_leaves_the_base_alone(tiny_model: Path, tmp_path: Path) -> None:
+    model, result = tiny_train(tiny_model, tmp_path, tiny_settings(steps=12))
     rows = read_metrics(tmp_path / "output" / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, 13))
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.05
-    before = load_model(tiny_llama, "fp32", "cpu").state_dict()
+    before = load_model(tiny_model, "fp32", "cpu").state_dict()
     after = {name.replace(".base_layer", ""): value for name, value in model.get_base_model().state_dict().items()}
     for name, value in before.items():
         assert torch.equal(value, after[name]), name
     assert result.steps == 12 and result.tokens == sum(row["tokens"] for row in rows)
 
 
-def test_the_outputs_are_checkpoints_metrics_and_curves(tiny_llama: Path, tmp_path: Path) -> None:
-    model, _ = tiny_train(tiny_llama, tmp_path, tiny_settings(steps=7))
+def test_the_outputs_are_checkpoints_metrics_and_curves(tiny_model: Path, tmp_path: Path) -> None:
+    model, _ = tiny_train(tiny_model, tmp_path, tiny_settings(steps=7))
     output = tmp_path / "output"
     assert {path.name for path in output.iterdir()} == {"checkpoint-4", "checkpoint-7", "metrics.jsonl", "tensorboard"}
     assert list((output / "tensorboard").rglob("events.out.tfevents.*"))
@@ -95,27 +99,27 @@ def test_the_outputs_are_checkpoints_metrics_and_curves(tiny_llama: Path, tmp_pa
     assert checkpoint_kind(output / "checkpoint-7") == "lora"
     targets = json.loads((output / "checkpoint-7" / "adapter_config.json").read_text())["target_modules"]
     assert targets == sorted(targets)
-    reloaded = load_checkpoint(load_model(tiny_llama, "fp32", "cpu"), output / "checkpoint-7")
+    reloaded = load_checkpoint(load_model(tiny_model, "fp32", "cpu"), output / "checkpoint-7")
     tokens = torch.arange(10)[None]
     model.eval()
     torch.testing.assert_close(reloaded(tokens).logits, model(tokens).logits)
 
 
-def test_full_fine_tuning_saves_a_whole_model_and_its_tokenizer(tiny_llama: Path, tmp_path: Path) -> None:
+def test_full_fine_tuning_saves_a_whole_model_and_its_tokenizer(tiny_model: Path, tmp_path: Path) -> None:
     model, _ = tiny_train(
-        tiny_llama, tmp_path, tiny_settings(steps=3, method="full"), tokenizer=load_tokenizer(tiny_llama)
+        tiny_model, tmp_path, tiny_settings(steps=3, method="full"), tokenizer=load_tokenizer(tiny_model)
     )
     checkpoint = tmp_path / "output" / "checkpoint-3"
     assert checkpoint_kind(checkpoint) == "full"
-    assert load_tokenizer(checkpoint).chat_template == load_tokenizer(tiny_llama).chat_template
-    reloaded = load_checkpoint(load_model(tiny_llama, "fp32", "cpu"), checkpoint)
+    assert load_tokenizer(checkpoint).chat_template == load_tokenizer(tiny_model).chat_template
+    reloaded = load_checkpoint(load_model(tiny_model, "fp32", "cpu"), checkpoint)
     torch.testing.assert_close(reloaded.state_dict(), model.state_dict())
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_bf16_trains_master_weights_in_fp32(tiny_llama: Path, tmp_path: Path, method: str) -> None:
+def test_bf16_trains_master_weights_in_fp32(tiny_model: Path, tmp_path: Path, method: str) -> None:
     settings = tiny_settings(steps=3, method=method, precision="bf16")
-    model, _ = tiny_train(tiny_llama, tmp_path, settings)
+    model, _ = tiny_train(tiny_model, tmp_path, settings)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     frozen = {p.dtype for p in model.parameters() if not p.requires_grad}
     assert frozen == ({torch.bfloat16} if method == "lora" else set())
@@ -124,13 +128,13 @@ def test_bf16_trains_master_weights_in_fp32(tiny_llama: Path, tmp_path: Path, me
         assert saved.config.dtype == torch.bfloat16
 
 
-def test_a_plain_module_trains_and_is_saved(tiny_llama: Path, tmp_path: Path) -> None:
+def test_a_plain_module_trains_and_is_saved(tiny_model: Path, tmp_path: Path) -> None:
     """Studies whose student is no transformers model use the same loop."""
 
     class Wrapped(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.language_model = load_model(tiny_llama, "fp32", "cpu").requires_grad_(False)
+            self.language_model = load_model(tiny_model, "fp32", "cpu").requires_grad_(False)
             self.bias = nn.Parameter(torch.zeros(1))
 
         def forward(self, **inputs: Any) -> Any:
@@ -138,11 +142,11 @@ def test_a_plain_module_trains_and_is_saved(tiny_llama: Path, tmp_path: Path) ->
             output.logits = output.logits * (1 + self.bias)
             return output
 
-    model, _ = tiny_train(tiny_llama, tmp_path, tiny_settings(steps=3), model=Wrapped())
+    model, _ = tiny_train(tiny_model, tmp_path, tiny_settings(steps=3), model=Wrapped())
     assert model.bias.item() != 0
     assert (tmp_path / "output" / "checkpoint-3" / "model.safetensors").is_file()
     with pytest.raises(UserError, match="gradient_checkpointing: Wrapped"):
-        tiny_train(tiny_llama, tmp_path / "2", tiny_settings(gradient_checkpointing=True), model=Wrapped())
+        tiny_train(tiny_model, tmp_path / "2", tiny_settings(gradient_checkpointing=True), model=Wrapped())
 
 
 def test_the_data_order_is_a_permutation_per_epoch_and_no_matter_of_processes() -> None:
@@ -168,36 +172,38 @@ class TooLarge(AnswerCrossEntropy):
 
 
 def test_exhausted_memory_halves_the_micro_batch_and_changes_nothing(
-    tiny_llama: Path, tmp_path: Path, reference: nn.Module
+    tiny_model: Path, tmp_path: Path, reference: nn.Module
 ) -> None:
     model, result = tiny_train(
-        tiny_llama, tmp_path, tiny_settings(micro_batch_tokens=2000), objective=TooLarge(limit=300)
+        tiny_model, tmp_path, tiny_settings(micro_batch_tokens=2000), objective=TooLarge(limit=300)
     )
     assert result.micro_batch_tokens <= 300
     assert_equal_weights(model, reference, tolerance=2e-5)
 
 
-def test_an_example_that_does_not_fit_in_memory_is_a_clear_error(tiny_llama: Path, tmp_path: Path) -> None:
+def test_an_example_that_does_not_fit_in_memory_is_a_clear_error(tiny_model: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="step 1: a single example does not fit in memory"):
-        tiny_train(tiny_llama, tmp_path, tiny_settings(), objective=TooLarge(limit=10))
+        tiny_train(tiny_model, tmp_path, tiny_settings(), objective=TooLarge(limit=10))
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_update(tiny_llama: Path, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_stops_before_the_update(tiny_model: Path, tmp_path: Path) -> None:
     class NotFinite(AnswerCrossEntropy):
         def __call__(self, model: nn.Module, micro_batch: Any, step: int) -> LossTerms:
             terms = super().__call__(model, micro_batch, step)
             return LossTerms(terms.total * (float("nan") if step == 3 else 1.0), terms.count)
 
     with pytest.raises(UserError, match="step 3: the gradient is not finite"):
-        tiny_train(tiny_llama, tmp_path, tiny_settings(), objective=NotFinite())
+        tiny_train(tiny_model, tmp_path, tiny_settings(), objective=NotFinite())
     assert (tmp_path / "work" / "state-2").is_dir()
     assert not (tmp_path / "output").exists()
 
 
-def test_learning_rate_multipliers_reach_the_update(tiny_llama: Path, tmp_path: Path) -> None:
-    settings = tiny_settings(method="full", steps=2, schedule={"warmup_steps": 1}, learning_rate_multipliers={"lm_head": 1e-9})
-    model, _ = tiny_train(tiny_llama, tmp_path, settings)
-    before = load_trainable(tiny_llama, settings, seed=1, device="cpu")
+def test_learning_rate_multipliers_reach_the_update(tiny_model: Path, tmp_path: Path) -> None:
+    settings = tiny_settings(
+        method="full", steps=2, schedule={"warmup_steps": 1}, learning_rate_multipliers={"lm_head": 1e-9}
+    )
+    model, _ = tiny_train(tiny_model, tmp_path, settings)
+    before = load_trainable(tiny_model, settings, seed=1, device="cpu")
     torch.testing.assert_close(model.lm_head.weight, before.lm_head.weight, atol=1e-7, rtol=0)
     assert not torch.allclose(model.model.norm.weight, before.model.norm.weight, atol=1e-4)
     row = read_metrics(tmp_path / "output" / "metrics.jsonl")[-1]

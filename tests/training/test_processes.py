@@ -13,8 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from stillhouse.runtime.errors import UserError
-from tests.training.test_resume import REPOSITORY
-from tests.training.tiny_run import tiny_settings, tiny_train
+from tests.training.tiny_run import REPOSITORY, tiny_settings, tiny_train
 
 
 def run_two_processes(model: Path, folder: Path, *arguments: str) -> list[subprocess.Popen[str]]:
@@ -35,7 +34,7 @@ def run_two_processes(model: Path, folder: Path, *arguments: str) -> list[subpro
         subprocess.Popen(
             [sys.executable, "-m", "tests.training.tiny_run", model, folder, *arguments],
             cwd=REPOSITORY,
-            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -44,10 +43,10 @@ def run_two_processes(model: Path, folder: Path, *arguments: str) -> list[subpro
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_weights_of_one(tiny_llama: Path, tmp_path: Path) -> None:
+def test_two_processes_give_the_weights_of_one(tiny_model: Path, tmp_path: Path) -> None:
     """The batch of five splits unevenly, 2 and 3, with answers of uneven length."""
-    _, alone = tiny_train(tiny_llama, tmp_path / "one", tiny_settings())
-    processes = run_two_processes(tiny_llama, tmp_path / "two")
+    _, alone = tiny_train(tiny_model, tmp_path / "one", tiny_settings())
+    processes = run_two_processes(tiny_model, tmp_path / "two")
     errors = [process.communicate(timeout=300)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], errors
     weights = [
@@ -59,10 +58,10 @@ def test_two_processes_give_the_weights_of_one(tiny_llama: Path, tmp_path: Path)
 
 
 def test_fewer_examples_per_update_than_processes_are_refused(
-    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from accelerate import Accelerator
 
     monkeypatch.setattr(Accelerator, "num_processes", property(lambda self: 4))
     with pytest.raises(UserError, match=r"batch_size \(2\) is below 4 processes"):
-        tiny_train(tiny_llama, tmp_path, tiny_settings(batch_size=2))
+        tiny_train(tiny_model, tmp_path, tiny_settings(batch_size=2))

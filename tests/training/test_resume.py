@@ -17,16 +17,19 @@ from stillhouse.runtime.errors import UserError
 from stillhouse.training.checkpoints import latest_valid_state, numbered_directories
 from stillhouse.training.processes import INTERRUPTED_STATUS
 from stillhouse.training.tracking import read_metrics
-from tests.training.tiny_run import AnswerCrossEntropy, tiny_settings, tiny_train
-
-REPOSITORY = Path(__file__).parents[2]
+from tests.training.tiny_run import REPOSITORY, AnswerCrossEntropy, tiny_settings, tiny_train
 
 
-def run_program(model: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run_program(model: Path, folder: Path, *arguments: str, use_cpu: str = "true") -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "tests.training.tiny_run", model, folder, *arguments],
         cwd=REPOSITORY,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'src'}"},
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'src'}",
+            "ACCELERATE_USE_CPU": use_cpu,
+        },
         capture_output=True,
         text=True,
         timeout=300,
@@ -46,20 +49,20 @@ def assert_bit_equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tenso
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_killed_run_ends_with_the_weights_of_an_undisturbed_one(
-    tiny_llama: Path, tmp_path: Path, method: str
+    tiny_model: Path, tmp_path: Path, method: str
 ) -> None:
     options = ["--method", method, "--dropout", "0.2"]
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     settings = tiny_settings(method=method, lora={"rank": 4, "alpha": 8, "dropout": 0.2})
-    tiny_train(tiny_llama, undisturbed, settings)
+    tiny_train(tiny_model, undisturbed, settings)
 
-    crash = run_program(tiny_llama, killed, *options, "--kill-at", "6")
+    crash = run_program(tiny_model, killed, *options, "--kill-at", "6")
     assert crash.returncode == -signal.SIGKILL
     assert not (killed / "output").exists()
-    crash_in_state = run_program(tiny_llama, killed, *options, "--kill-in-state", "6")
+    crash_in_state = run_program(tiny_model, killed, *options, "--kill-in-state", "6")
     assert crash_in_state.returncode == -signal.SIGKILL
     assert any(path.name.startswith(".state-6") for path in (killed / "work").iterdir())
-    finished = run_program(tiny_llama, killed, *options)
+    finished = run_program(tiny_model, killed, *options)
     assert finished.returncode == 0
     assert "continuing from step 4 of 8" in finished.stderr
 
@@ -70,21 +73,32 @@ def test_a_killed_run_ends_with_the_weights_of_an_undisturbed_one(
 
 
 @pytest.mark.slow
-def test_sigterm_saves_the_state_and_exits_with_a_status_of_its_own(tiny_llama: Path, tmp_path: Path) -> None:
-    stopped = run_program(tiny_llama, tmp_path, "--terminate-at", "5")
+def test_sigterm_saves_the_state_and_exits_with_a_status_of_its_own(tiny_model: Path, tmp_path: Path) -> None:
+    stopped = run_program(tiny_model, tmp_path, "--terminate-at", "5")
     assert stopped.returncode == INTERRUPTED_STATUS
     assert "SIGTERM: saving the state after this step" in stopped.stderr
     assert (tmp_path / "work" / "state-5").is_dir()
-    _, result = tiny_train(tiny_llama, tmp_path, tiny_settings())
+    _, result = tiny_train(tiny_model, tmp_path, tiny_settings())
     assert result.resumed_from == 5
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_killed_run_on_a_gpu_ends_with_the_weights_of_an_undisturbed_one(tiny_model: Path, tmp_path: Path) -> None:
+    """Within rounding: kernels on a GPU may add in any order."""
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    assert run_program(tiny_model, undisturbed, "--dropout", "0.2", use_cpu="false").returncode == 0
+    run_program(tiny_model, killed, "--dropout", "0.2", "--kill-at", "6", use_cpu="false")
+    assert run_program(tiny_model, killed, "--dropout", "0.2", use_cpu="false").returncode == 0
+    torch.testing.assert_close(final_weights(killed), final_weights(undisturbed), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("victim", ["state-6/state.safetensors", "checkpoint-8/adapter_model.safetensors"])
 def test_a_corrupt_file_makes_the_run_continue_from_an_earlier_state(
-    tiny_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, victim: str
+    tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, victim: str
 ) -> None:
     monkeypatch.setattr(logging.getLogger("stillhouse"), "propagate", True)
-    tiny_train(tiny_llama, tmp_path, tiny_settings())
+    tiny_train(tiny_model, tmp_path, tiny_settings())
     expected = final_weights(tmp_path)
     work = tmp_path / "work"
     if victim.startswith("state-6"):
@@ -94,32 +108,32 @@ def test_a_corrupt_file_makes_the_run_continue_from_an_earlier_state(
     (work / victim).unlink()  # the output may be a link to the same file
     (work / victim).write_bytes(damaged)
 
-    _, result = tiny_train(tiny_llama, tmp_path, tiny_settings())
+    _, result = tiny_train(tiny_model, tmp_path, tiny_settings())
     assert result.resumed_from == (0 if victim.startswith("state-6") else 6)
     assert str(work / victim) in caplog.text and "is corrupt" in caplog.text
     assert_bit_equal(final_weights(tmp_path), expected)
 
 
-def test_only_the_newest_states_are_kept_and_every_checkpoint(tiny_llama: Path, tmp_path: Path) -> None:
-    tiny_train(tiny_llama, tmp_path, tiny_settings(resume_every=1, keep_resume_states=3, save_every=3))
+def test_only_the_newest_states_are_kept_and_every_checkpoint(tiny_model: Path, tmp_path: Path) -> None:
+    tiny_train(tiny_model, tmp_path, tiny_settings(resume_every=1, keep_resume_states=3, save_every=3))
     work = tmp_path / "work"
     assert [step for step, _ in numbered_directories(work, "state")] == [8, 7, 6]
     assert [step for step, _ in numbered_directories(work, "checkpoint")] == [8, 6, 3]
     assert latest_valid_state(work, (3, 6, 8)) == work / "state-8"
 
 
-def test_a_finished_run_does_nothing_but_hand_out_its_results_again(tiny_llama: Path, tmp_path: Path) -> None:
-    tiny_train(tiny_llama, tmp_path, tiny_settings())
+def test_a_finished_run_does_nothing_but_hand_out_its_results_again(tiny_model: Path, tmp_path: Path) -> None:
+    tiny_train(tiny_model, tmp_path, tiny_settings())
     first = final_weights(tmp_path)
-    _, result = tiny_train(tiny_llama, tmp_path, tiny_settings(), objective=AnswerCrossEntropy(kill_at=1))
+    _, result = tiny_train(tiny_model, tmp_path, tiny_settings(), objective=AnswerCrossEntropy(kill_at=1))
     assert result.resumed_from == result.steps == 8
     assert_bit_equal(final_weights(tmp_path), first)
 
 
-def test_a_state_of_another_model_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
-    tiny_train(tiny_llama, tmp_path, tiny_settings())
+def test_a_state_of_another_model_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    tiny_train(tiny_model, tmp_path, tiny_settings())
     with pytest.raises(UserError, match="trains other parameters"):
-        tiny_train(tiny_llama, tmp_path, tiny_settings(lora={"rank": 2, "dropout": 0.0}))
+        tiny_train(tiny_model, tmp_path, tiny_settings(lora={"rank": 2, "dropout": 0.0}))
 
 
 def test_metrics_after_the_resumed_step_and_torn_lines_are_dropped(tmp_path: Path) -> None:

@@ -18,11 +18,11 @@ from stillhouse.training.tracking import flat, new_run_id, tracker_arguments
 from tests.training.tiny_run import AnswerCrossEntropy, tiny_settings, tiny_train
 
 
-def test_a_missing_tracker_is_refused_before_training(tiny_llama: Path, tmp_path: Path) -> None:
+def test_a_missing_tracker_is_refused_before_training(tiny_model: Path, tmp_path: Path) -> None:
     if "wandb" in sys.modules or LoggerType.WANDB in accelerate.tracking.get_available_trackers():
         pytest.skip("wandb is installed")
     with pytest.raises(UserError, match="'wandb' is not installed: pip install wandb"):
-        tiny_train(tiny_llama, tmp_path, tiny_settings(), tracking=TrackingSettings(trackers=("wandb",)))
+        tiny_train(tiny_model, tmp_path, tiny_settings(), tracking=TrackingSettings(trackers=("wandb",)))
     assert not (tmp_path / "work").exists()
 
 
@@ -41,9 +41,7 @@ class FakeWandb:
         )
 
 
-def test_wandb_keeps_its_run_over_a_resume(
-    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wandb_keeps_its_run_over_a_resume(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import signal
 
     wandb = FakeWandb()
@@ -55,8 +53,8 @@ def test_wandb_keeps_its_run_over_a_resume(
         "run_name": "baseline",
     }
     with pytest.raises(TrainingInterrupted):
-        tiny_train(tiny_llama, tmp_path, tiny_settings(), AnswerCrossEntropy(3, signal.SIGTERM), **options)
-    tiny_train(tiny_llama, tmp_path, tiny_settings(), **options)
+        tiny_train(tiny_model, tmp_path, tiny_settings(), AnswerCrossEntropy(3, signal.SIGTERM), **options)
+    tiny_train(tiny_model, tmp_path, tiny_settings(), **options)
 
     first, second = wandb.runs
     assert first == second

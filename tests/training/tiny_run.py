@@ -1,6 +1,6 @@
 """A tiny training run: answer cross entropy on made-up word problems. Also a program, for tests that kill it.
 
-    python -m tests.training.tiny_run MODEL WORK OUTPUT [--kill-at STEP] [--kill-in-state STEP] [--method full] ...
+python -m tests.training.tiny_run MODEL WORK OUTPUT [--kill-at STEP] [--kill-in-state STEP] [--method full] ...
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import os
 import signal
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,14 +18,15 @@ from torch import nn
 from stillhouse.config.training import TrainingSettings
 from stillhouse.data.packing import AnswerBatch, answer_rows_logits, micro_batches, pack, pad
 from stillhouse.data.packing import Sequence as AnswerSequence
-from stillhouse.models.lora import load_trainable
 from stillhouse.models.loading import load_tokenizer
+from stillhouse.models.lora import load_trainable
 from stillhouse.runtime.logs import configure_logging
 from stillhouse.training.loop import TrainingResult, train
 from stillhouse.training.objective import LossTerms
 from tests.support.tiny_models import word_problems
 
 EXAMPLES = 20
+REPOSITORY = Path(__file__).parents[2]
 
 
 class ProblemData:
@@ -115,24 +115,21 @@ def main() -> None:
     objective = AnswerCrossEntropy(arguments.kill_at)
     if arguments.terminate_at:
         objective = AnswerCrossEntropy(arguments.terminate_at, signal.SIGTERM)
-    settings = tiny_settings(
-        method=arguments.method, lora={"rank": 4, "alpha": 8, "dropout": arguments.dropout}
-    )
+    settings = tiny_settings(method=arguments.method, lora={"rank": 4, "alpha": 8, "dropout": arguments.dropout})
     tiny_train(arguments.model, arguments.folder, settings, objective, tokenizer=load_tokenizer(arguments.model))
 
 
 def _die_while_writing_state(step: int) -> None:
+    from stillhouse.runtime.files import write_manifest
     from stillhouse.training import checkpoints
-
-    write_manifest = checkpoints.write_manifest
 
     def write_or_die(directory: Path) -> Any:
         if directory.name.startswith(f".state-{step}."):
             os.kill(os.getpid(), signal.SIGKILL)
         return write_manifest(directory)
 
-    checkpoints.write_manifest = write_or_die  # type: ignore[assignment]
+    checkpoints.write_manifest = write_or_die  # type: ignore[attr-defined]
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -12,11 +12,12 @@ def final_answer(answer: str) -> str | None:
     """What follows the last `####`, else the content of the last `\\boxed{...}`; None where neither is there."""
     if marked := _MARKED.findall(answer):
         return str(marked[-1]).strip()
-    boxed = None
-    for boxed in _BOXED.finditer(answer):
-        pass
-    if boxed is None or boxed.group(1) != "{":
-        return boxed.group(1).rstrip("$.,") if boxed else None
+    found = list(_BOXED.finditer(answer))
+    if not found:
+        return None
+    boxed = found[-1]
+    if boxed.group(1) != "{":  # as in `\boxed 2`
+        return boxed.group(1).rstrip("$.,")
     depth = 1
     for end in range(boxed.end(), len(answer)):
         depth += {"{": 1, "}": -1}.get(answer[end], 0)

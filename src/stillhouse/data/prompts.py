@@ -8,7 +8,8 @@ or a skip that is counted and reported. Which worked examples go into a prompt i
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence as Items
+from collections.abc import Iterable
+from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from typing import Literal
 

@@ -11,9 +11,7 @@ from stillhouse.runtime.errors import UserError
 Record = TypeVar("Record")
 
 
-def split_by_seed(
-    records: Sequence[Record], sizes: Mapping[str, int | None], seed: int
-) -> dict[str, list[Record]]:
+def split_by_seed(records: Sequence[Record], sizes: Mapping[str, int | None], seed: int) -> dict[str, list[Record]]:
     """Shuffle `records` by `seed` and deal them out; a size of None takes what the others leave, in shuffled order.
 
     The result depends on the records' order, the seed, the names and the sizes, not on the order of `sizes`.
@@ -25,11 +23,11 @@ def split_by_seed(
     wanted = {name: size for name, size in sorted(sizes.items()) if size is not None}
     needed = sum(wanted.values()) + len(rest)
     if needed > len(records):
-        asked = ", ".join([*(f"{name} {size}" for name, size in wanted.items()), *(f"{name} at least 1" for name in rest)])
+        asked = ", ".join(f"{name} {size}" for name, size in {**wanted, **dict.fromkeys(rest, "at least 1")}.items())
         raise UserError(f"splits need {needed} examples ({asked}), but there are {len(records)}: lower the sizes")
     shuffled = list(records)
     random.Random(seed).shuffle(shuffled)
     splits = {}
     for name, size in wanted.items():
         splits[name], shuffled = shuffled[:size], shuffled[size:]
-    return splits | {name: shuffled for name in rest}
+    return splits | dict.fromkeys(rest, shuffled)

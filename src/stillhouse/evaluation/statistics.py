@@ -181,9 +181,7 @@ def _chunks(resamples: int, items: int) -> list[slice]:
     return [slice(start, min(start + size, resamples)) for start in range(0, resamples, size)]
 
 
-def _bootstrap(
-    items: int, resamples: int, seed: int, statistic: Callable[[NDArray[np.intp]], Floats]
-) -> Floats:
+def _bootstrap(items: int, resamples: int, seed: int, statistic: Callable[[NDArray[np.intp]], Floats]) -> Floats:
     """The statistic of each resample; it gets item indices of shape [resamples, items]."""
     random = np.random.default_rng(seed)
     chunks = [(rows.stop - rows.start, items) for rows in _chunks(resamples, items)]

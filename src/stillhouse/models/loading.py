@@ -50,9 +50,7 @@ def load_model(
     if report["missing_keys"]:
         # transformers would go on with random weights in their place.
         names = ", ".join(sorted(report["missing_keys"])[:3])
-        raise UserError(
-            f"{path}: the weights lack {len(report['missing_keys'])} tensors ({names}): fetch it again"
-        )
+        raise UserError(f"{path}: the weights lack {len(report['missing_keys'])} tensors ({names}): fetch it again")
     loaded: PreTrainedModel = model.to(device)
     return loaded.eval()
 
@@ -80,9 +78,7 @@ def enable_gradient_checkpointing(model: nn.Module) -> None:
     """Recompute activations in the backward pass; inputs must require a gradient where the base is frozen."""
     for name in ("gradient_checkpointing_enable", "enable_input_require_grads"):
         if not hasattr(model, name):
-            raise UserError(
-                f"gradient_checkpointing: {type(model).__name__} does not offer {name}: switch it off"
-            )
+            raise UserError(f"gradient_checkpointing: {type(model).__name__} does not offer {name}: switch it off")
     checkpointed: Any = model
     checkpointed.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     checkpointed.enable_input_require_grads()  # after enabling: transformers keeps only one set of hooks
@@ -95,9 +91,7 @@ def check_weights(path: Path) -> None:
         raise UserError(f"{path}: has no config.json: it is not a transformers model directory")
     files = sorted(path.glob("*.safetensors"))
     if not files:
-        raise UserError(
-            f"{path}: has no safetensors weights (pickled weights are never loaded): convert them first"
-        )
+        raise UserError(f"{path}: has no safetensors weights (pickled weights are never loaded): convert them first")
     for file in files:
         check_safetensors(file)
 

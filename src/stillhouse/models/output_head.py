@@ -9,7 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import functional
+from transformers import PreTrainedModel
 
 from stillhouse.runtime.errors import UserError
 
@@ -27,7 +29,7 @@ class OutputHead:
             self.weight = self.weight.to(hidden.device)
             self.bias = None if self.bias is None else self.bias.to(hidden.device)
         bias = None if self.bias is None else self.bias.detach()
-        return nn.functional.linear(hidden, self.weight.detach(), bias)
+        return functional.linear(hidden, self.weight.detach(), bias)
 
     def equals(self, other: OutputHead) -> bool:
         """Whether both heads hold the same numbers."""
@@ -38,7 +40,7 @@ class OutputHead:
         )
 
 
-def output_head(model: nn.Module) -> OutputHead:
+def output_head(model: PreTrainedModel) -> OutputHead:
     """The model's own head, without copying; under a LoRA on the head, the frozen layer below it."""
     layer = model.get_output_embeddings()
     layer = getattr(layer, "base_layer", layer)
@@ -46,7 +48,7 @@ def output_head(model: nn.Module) -> OutputHead:
 
 
 @torch.no_grad()
-def require_plain_head(model: nn.Module) -> None:
+def require_plain_head(model: PreTrainedModel) -> None:
     """Raise UserError where logits are not the head's output itself (Gemma 2's soft capping, logit scales).
 
     Checked on the numbers of one short pass, so that it holds for architectures that nobody listed.

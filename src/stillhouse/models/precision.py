@@ -7,6 +7,7 @@ fp32 there. Master weights and optimiser moments are fp32 under either; see `tra
 
 from __future__ import annotations
 
+import os
 from typing import Literal
 
 import torch
@@ -21,8 +22,10 @@ BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16")
 
 
 def default_device() -> torch.device:
-    """The accelerator that torch sees, else the processor."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The GPU of this process (launchers number the processes of a node), else the processor."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
 
 
 def bf16_is_fast(device: torch.device) -> bool:

@@ -37,9 +37,7 @@ class _FrozenLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to do: the layer is born with its prefix."""
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Return prefix and suffix joined, [batch, heads, kept prefix + suffix, head_dim]; keep nothing."""
         batch = key_states.shape[0]
         keys = torch.cat([self.layer.keys.expand(batch, -1, -1, -1), key_states], dim=-2)
@@ -161,9 +159,7 @@ def _wanted_rows(suffixes: Sequence[Sequence[int]], starts: Sequence[int]) -> tu
         if not 0 <= start < len(suffix):
             raise ValueError(f"first wanted row {start} lies outside a suffix of {len(suffix)} tokens")
     longest = max(map(len, suffixes))
-    rows = [
-        torch.arange(i * longest + starts[i], i * longest + len(suffixes[i])) for i in range(len(suffixes))
-    ]
+    rows = [torch.arange(i * longest + starts[i], i * longest + len(suffixes[i])) for i in range(len(suffixes))]
     return torch.cat(rows), [len(row) for row in rows]
 
 
@@ -193,9 +189,7 @@ def _forward_rows(
 
 
 @contextmanager
-def _lm_head_input(
-    model: nn.Module, rows: Tensor, stop_before_lm_head: bool = False
-) -> Iterator[list[Tensor]]:
+def _lm_head_input(model: nn.Module, rows: Tensor, stop_before_lm_head: bool = False) -> Iterator[list[Tensor]]:
     """Let only `rows` of the flattened [batch * columns, hidden] grid, or none, into the lm_head.
 
     A hook on its input instead of `logits_to_keep`: rows may differ between sequences, and whatever a model does

@@ -84,7 +84,8 @@ class TeacherTargets:
 
     def to(self, device: torch.device | str) -> TeacherTargets:
         """The same targets on `device`."""
-        return replace(self, **{name: tensor.to(device) for name, tensor in self.tensors.items()})
+        moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in self.tensors.items()}
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True)

@@ -63,9 +63,7 @@ def save_state(
         shutil.rmtree(stale)
 
 
-def load_state(
-    directory: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
-) -> Progress:
+def load_state(directory: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> Progress:
     """Restore parameters and optimiser from a verified state; a `UserError` where it is of another model."""
     tensors = load_file(directory / STATE_TENSORS)
     expected = {f"parameter/{name}": parameter for name, parameter in parameters.items()}

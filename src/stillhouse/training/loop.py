@@ -118,9 +118,7 @@ def train(
         project_config=ProjectConfiguration(str(work_dir), logging_dir=str(work_dir / TRACKING_FOLDER)),
     )
     if settings.batch_size < accelerator.num_processes:
-        raise UserError(
-            f"training.batch_size ({settings.batch_size}) is below {accelerator.num_processes} processes"
-        )
+        raise UserError(f"training.batch_size ({settings.batch_size}) is below {accelerator.num_processes} processes")
     if len(data) == 0:
         raise UserError("there are no training examples: check the data split and train_examples")
     trainer = Trainer(model, objective, data, settings, accelerator, seed, work_dir, groups)
@@ -177,7 +175,8 @@ class Trainer:
         [state] = broadcast_object_list(states)
         if state is not None:
             self.progress = load_state(state, self.parameters, self.optimizer)
-            logger.info("continuing from step %d of %d", self.progress.step, self.settings.steps)
+            if self.accelerator.is_main_process:
+                logger.info("continuing from step %d of %d", self.progress.step, self.settings.steps)
         else:
             # Every process starts from the same weights, also where a study forgot to seed its own modules.
             for parameter in self.parameters.values():
@@ -218,9 +217,7 @@ class Trainer:
     def update(self, step: int, stop: StopRequest) -> tuple[dict[str, float], bool]:
         """Make one optimiser update; returns its row of metrics, and whether any process wants to stop."""
         started = time.monotonic()
-        rate = self.settings.learning_rate * learning_rate_factor(
-            step - 1, self.settings.schedule, self.settings.steps
-        )
+        rate = self.settings.learning_rate * learning_rate_factor(step - 1, self.settings.schedule, self.settings.steps)
         rates = set_learning_rate(self.optimizer, rate)
         own = self._accumulate_within_memory(step) | {"stop": float(stop.received)}
         sums = sum_statistics(own, self.device)

@@ -42,9 +42,7 @@ def parameter_groups(model: nn.Module, multipliers: Mapping[str, float]) -> list
         if not any(_match_end(name, key) for name in trained):
             known = sorted({part for name in trained for part in name.split(".") if not part.isdigit()})
             nearest = difflib.get_close_matches(key, known, n=1, cutoff=0)[0]
-            raise UserError(
-                f"learning_rate_multipliers: no trained module is named '{key}'; nearest: '{nearest}'"
-            )
+            raise UserError(f"learning_rate_multipliers: no trained module is named '{key}'; nearest: '{nearest}'")
     return [
         ParameterGroup(name, parameters, multipliers.get(name, 1.0))
         for name, parameters in members.items()

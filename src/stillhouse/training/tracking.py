@@ -57,9 +57,7 @@ class Tracking:
         if accelerator.is_main_process:
             run_ids_file = work_dir / RUN_IDS
             known: dict[str, str] = read_json(run_ids_file) if run_ids_file.exists() else {}
-            run_ids: dict[str, str | None] = {
-                name: known.get(name) or new_run_id(name) for name in settings.trackers
-            }
+            run_ids: dict[str, str | None] = {name: known.get(name) or new_run_id(name) for name in settings.trackers}
             arguments: dict[str, dict[str, Any]] = {
                 name: tracker_arguments(name, run_id, run_name, work_dir) for name, run_id in run_ids.items()
             }
@@ -76,9 +74,7 @@ class Tracking:
 
     def log(self, row: Mapping[str, float]) -> None:
         """Send one row of metrics to every tracker."""
-        self.accelerator.log(
-            {key: value for key, value in row.items() if key != "step"}, step=int(row["step"])
-        )
+        self.accelerator.log({key: value for key, value in row.items() if key != "step"}, step=int(row["step"]))
 
     def close(self) -> None:
         """Flush and end the trackers; accelerate's `end_training` would end the process group as well."""

@@ -45,10 +45,25 @@ def objection(model_directory: Path, adapters: Sequence[Path]) -> str | None:
         return f"vLLM does not import here ({type(error).__name__}: {error})"
     if not (current_platform.is_cpu() or torch.cuda.is_available()):
         return "vLLM is installed for GPUs and there is none"
-    architectures = read_json(model_directory / "config.json").get("architectures") or []
+    config = read_json(model_directory / "config.json")
+    if current_platform.is_cpu() and (problem := _cpu_objection(config)):
+        return problem
+    architectures = config.get("architectures") or []
     if not set(architectures) & set(ModelRegistry.get_supported_archs()):
         return f"vLLM does not know the architecture {', '.join(architectures) or '(none named in config.json)'}"
     return next((f"{path}: {problem}" for path in adapters if (problem := _adapter_objection(path))), None)
+
+
+def _cpu_objection(config: dict[str, Any]) -> str | None:
+    """Head sizes that vLLM's CPU attention has no kernel for fail at the first prompt, not at the start."""
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    text = config.get("text_config", config)
+    if not text.get("num_attention_heads"):
+        return None
+    size = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
+    served = CPUAttentionBackend.get_supported_head_sizes()
+    return None if size in served else f"vLLM has no attention of head size {size} on a CPU"
 
 
 def _adapter_objection(directory: Path) -> str | None:

@@ -147,8 +147,18 @@ class RunSettings(StrictModel):
         )
 
     @model_validator(mode="after")
-    def top_k_fits_the_cache(self) -> RunSettings:
-        """Refuse K above K_max, and a distillation window outside the run."""
+    def settings_fit_each_other(self) -> RunSettings:
+        """Refuse K above K_max, an online teacher that is not the student's base, a window outside the run."""
+        if self.teacher.targets == "online":
+            if self.teacher.model is not None or self.teacher.adapter:
+                raise ValueError(
+                    "teacher.targets online means the student's own base: leave teacher.model and teacher.adapter "
+                    "unset, or set targets to cached"
+                )
+            if self.training.method == "full" and self.cache_mode != "none":
+                raise ValueError(
+                    "teacher.targets online needs training.method lora: a fully fine-tuned base does not stay the teacher"
+                )
         if self.cache_mode == "top_k" and self.distillation.top_k > self.teacher.cache_top_k:
             raise ValueError(
                 f"distillation.top_k ({self.distillation.top_k}) is above teacher.cache_top_k "

@@ -8,14 +8,14 @@ several examples share are read once.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 from collections.abc import Sequence as Items
 from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stillhouse.config.base import StrictModel
 from stillhouse.data.packing import Sequence
@@ -52,7 +52,7 @@ EXAMPLES_PER_SHARD = 128
 
 
 class TeacherStep(StrictModel):
-    """The step's command line. teacher: directory of the teaching model; adapter: its LoRA, or a run that made one."""
+    """The step's command line. teacher: the teaching model; adapter: its LoRA, or the run that trained it."""
 
     data: Path
     student: Path
@@ -65,10 +65,12 @@ class TeacherStep(StrictModel):
 
 
 class TargetSource(Protocol):
-    """Where targets come from. head: turns hidden states into the teacher's logits; None in mode top_k."""
+    """Where targets come from; `head` turns hidden states into logits and is None in mode top_k."""
 
     @property
-    def head(self) -> OutputHead | None: ...
+    def head(self) -> OutputHead | None:
+        """The teacher's frozen output embeddings."""
+        ...
 
     def targets(self, example_ids: Items[str]) -> TeacherTargets:
         """The targets of these examples, in order. Raises UserError for an example that has none."""
@@ -84,7 +86,7 @@ class TeacherForward:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: PreTrainedModel,
         examples: TeacherExamples,
         mode: CacheMode,
         top_k: int,
@@ -142,7 +144,7 @@ class OnlineTeacher:
     """
 
     def __init__(
-        self, student: nn.Module, examples: TeacherExamples, mode: CacheMode, top_k: int, batch_tokens: int
+        self, student: PreTrainedModel, examples: TeacherExamples, mode: CacheMode, top_k: int, batch_tokens: int
     ) -> None:
         if not hasattr(student, "disable_adapter"):
             raise UserError(
@@ -171,12 +173,12 @@ class CachedTeacher:
     one that lacks what `mode` and `top_k` need.
     """
 
-    def __init__(self, directory: Path, student: nn.Module, mode: CacheMode, top_k: int) -> None:
+    def __init__(self, directory: Path, student: PreTrainedModel, mode: CacheMode, top_k: int) -> None:
         self.cache = TargetCache(directory)
         facts = self.cache.facts
         if facts.mode != mode or (mode == "top_k" and facts.top_k < top_k):
             raise UserError(
-                f"{directory}: holds mode {facts.mode} with K_max {facts.top_k}, but the loss needs {mode} with K {top_k}"
+                f"{directory}: holds mode {facts.mode} (K_max {facts.top_k}), but the loss needs {mode} with K {top_k}"
             )
         _check_vocabulary(student.config.get_text_config().vocab_size, facts.vocab_size)
         self.head = self.cache.head
@@ -195,6 +197,7 @@ def main(step: TeacherStep) -> None:
     settings = step.cache
     inputs = {"data": step.data, "student": step.student, "teacher": step.teacher}
     if step.adapter:
+        verify_manifest(step.adapter)
         inputs["adapter"] = step.adapter
     with RunRecord(MODULE, step, inputs) as record:
         verify_manifest(step.data)
@@ -266,7 +269,7 @@ def _vocabulary_size(path: Path) -> int:
     return int(config.get("vocab_size") or config["text_config"]["vocab_size"])
 
 
-def _grouped(sequences: Items[Sequence], groups: Items[int | None]) -> dict[int | None, list[Sequence]]:
+def _grouped(sequences: Iterable[Sequence], groups: Iterable[int | None]) -> dict[int | None, list[Sequence]]:
     members: dict[int | None, list[Sequence]] = defaultdict(list)
     for sequence, group in zip(sequences, groups, strict=True):
         members[group].append(sequence)

@@ -15,7 +15,7 @@ from torch import nn
 from stillhouse.config.base import StrictModel
 from stillhouse.config.training import TrackingSettings
 from stillhouse.data.prompts import PromptRenderer, prompt_renderer
-from stillhouse.data.records import read_problems
+from stillhouse.data.records import MathProblem, read_problems
 from stillhouse.models.loading import load_model, load_tokenizer
 from stillhouse.models.lora import add_lora
 from stillhouse.runtime.commands import run_step
@@ -24,9 +24,9 @@ from stillhouse.runtime.logs import log_to_file, logger
 from stillhouse.runtime.records import RunRecord, fingerprint
 from stillhouse.runtime.seeds import seed_everything
 from stillhouse.studies.context_distillation.config import RunSettings
-from stillhouse.studies.context_distillation.data import student_data
+from stillhouse.studies.context_distillation.data import student_data, teacher_examples
 from stillhouse.studies.context_distillation.objective import ContextDistillationObjective
-from stillhouse.studies.context_distillation.teacher import TargetSource, cached_teacher, online_teacher
+from stillhouse.studies.context_distillation.teacher import CachedTeacher, OnlineTeacher
 from stillhouse.training.loop import train
 from stillhouse.training.processes import staged_output
 
@@ -64,15 +64,15 @@ def main(step: TrainStep) -> None:
         tokenizer = load_tokenizer(step.model, step.trust_remote_code)
         renderer = prompt_renderer(tokenizer, step.run.prompt_format)
         model = student(step, seed)
-        teacher = teacher_of(step, model, renderer)
         problems = read_problems(step.data / "train.jsonl")[: step.run.train_examples]
+        teacher, untaught = teacher_of(step, model, renderer, problems)
         data = student_data(
             problems,
             renderer,
             step.run.teacher.context,
             step.run.max_length,
             step.run.overlong,
-            untaught=teacher.untaught if teacher else (),
+            untaught=untaught,
             packing=settings.packing,
             positions=step.run.distillation.positions,
         )
@@ -107,14 +107,20 @@ def student(step: TrainStep, seed: int) -> nn.Module:
     return base if full else add_lora(base, settings.lora, seed)
 
 
-def teacher_of(step: TrainStep, model: nn.Module, renderer: PromptRenderer) -> TargetSource | None:
-    """The teacher's targets: from the cache, or from the student's own base in each step; None for a baseline."""
-    if step.run.cache_mode == "none":
-        return None
+def teacher_of(
+    step: TrainStep, model: nn.Module, renderer: PromptRenderer, problems: list[MathProblem]
+) -> tuple[CachedTeacher | OnlineTeacher | None, tuple[str, ...]]:
+    """The source of the teacher's targets, None for a baseline, and the ids of examples that it has none for."""
+    run = step.run
+    mode = run.cache_mode
+    if mode == "none":
+        return None, ()
     if step.cache is not None:
-        return cached_teacher(step.cache)
-    problems = read_problems(step.data / "train.jsonl")[: step.run.train_examples]
-    return online_teacher(model, problems, renderer, step.run)
+        cached = CachedTeacher(step.cache, model, mode, run.distillation.top_k)
+        return cached, cached.cache.facts.skipped
+    examples = teacher_examples(problems, renderer, run.teacher.context, run.teacher.max_length, run.overlong)
+    online = OnlineTeacher(model, examples, mode, run.teacher.cache_top_k, run.teacher.batch_tokens)
+    return online, tuple(identity for identity, _ in examples.skipped.examples)
 
 
 if __name__ == "__main__":

@@ -35,10 +35,10 @@ Floats = NDArray[np.float64]
 
 
 class FigureStep(StrictModel):
-    """The command line of a figure; its items lie beside its results and are named for the workflow's sake."""
+    """The command line of a figure; the items lie beside the results and are named for the workflow's sake."""
 
     results: Annotated[tuple[Path, ...], Field(min_length=1)]
-    items: tuple[Path, ...] = ()
+    item_scores: tuple[Path, ...] = ()
     output: Annotated[Path, Field(description="The PNG; the SVG is written beside it.")]
 
 
@@ -62,17 +62,17 @@ GOLD_NLL = Measure(
     "gold_nll",
     "gold NLL",
     "Gold answer NLL (nats per token)",
-    "Gold answer NLL (nats per token; lower is better)",
+    "gold answer NLL (nats per token; lower is better)",
     per_token=True,
 )
 STRICT = Measure(
-    "strict_correct", "strict accuracy", "Strict accuracy (% of answers)", "Strict accuracy (percentage points)"
+    "strict_correct", "strict accuracy", "Strict accuracy (% of answers)", "strict accuracy (percentage points)"
 )
 MARKER = Measure(
-    "wrote_marker", "#### share", "Answers that wrote #### (%)", "Answers that wrote #### (percentage points)"
+    "wrote_marker", "#### share", "Answers that wrote #### (%)", "answers that wrote #### (percentage points)"
 )
 FLEXIBLE = Measure(
-    "flexible_correct", "flexible accuracy", "Flexible accuracy (% of answers)", "Flexible (percentage points)"
+    "flexible_correct", "flexible accuracy", "Flexible accuracy (% of answers)", "flexible accuracy (percentage points)"
 )
 DRAWN_MEASURES = (GOLD_NLL, STRICT, MARKER)
 
@@ -214,8 +214,8 @@ def sample_note(evaluations: Sequence[Evaluation]) -> str:
 
 def draw_frame(drawing: Figure, title: str, note: str) -> None:
     """The message above a figure and the small print below it, wrapped to its width."""
-    width = int(drawing.get_figwidth() * 14)
-    drawing.suptitle(fill(title, int(width * 0.75)), x=0.01, ha="left", fontsize=11, fontweight="bold")
+    width = int(drawing.get_figwidth() * 17)
+    drawing.suptitle(fill(title, int(width * 0.6)), x=0.01, ha="left", fontsize=11, fontweight="bold")
     drawing.supxlabel(fill(note, width), x=0.01, ha="left", fontsize=8)
 
 
@@ -229,9 +229,7 @@ def draw_notice(output: Path, text: str) -> None:
 def _values(evaluation: Evaluation, subject: Subject, measure: Measure) -> tuple[Floats, Floats]:
     """Per-item values, [seeds, items] in the order of item ids, and each item's units (tokens or one), [items]."""
     rows = [
-        evaluation.items.loc[tuple(getattr(measurement, name) for name in ITEM_INDEX)].dropna(
-            subset=[measure.column]
-        )
+        evaluation.items.loc[tuple(getattr(measurement, name) for name in ITEM_INDEX)].dropna(subset=[measure.column])
         for measurement in subject.measurements
     ]
     values = np.stack([frame[measure.column].to_numpy(dtype=float) for frame in rows])

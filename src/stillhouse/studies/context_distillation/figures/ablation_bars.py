@@ -92,7 +92,8 @@ def title(models: Sequence[dict[Measure, list[Comparison]]]) -> str:
     """How many differences of the gold NLL have an interval without zero."""
     bars = [bar for found in models for bar in found[GOLD_NLL]]
     lower, higher = sum(bar.high < 0 for bar in bars), sum(bar.low > 0 for bar in bars)
-    return f"Gold NLL against {BASELINE}: {lower} of {len(bars)} lower, {higher} higher, {len(bars) - lower - higher} open"
+    undecided = len(bars) - lower - higher
+    return f"Gold NLL against {BASELINE}: {lower} of {len(bars)} lower, {higher} higher, {undecided} undecided"
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import SubFigure
 
-from stillhouse.reporting.style import GREY, condition_style, figure, save_figure
+from stillhouse.reporting.style import GREY, figure, save_figure
 from stillhouse.runtime.commands import run_step
 from stillhouse.studies.context_distillation.figures import (
     BASELINE,
@@ -43,7 +43,7 @@ def main(step: FigureStep) -> None:
         for block, evaluation in zip(blocks[:, 0], evaluations, strict=True):
             draw_block(block, evaluation)
         note = (
-            f"Colour: the row's condition; blue: {BASELINE}; grey: the other conditions. {sample_note(evaluations)} "
+            f"Solid: the row's condition; dashed: {BASELINE}; grey: the other conditions. {sample_note(evaluations)} "
             f"Rings: checkpoints chosen by {chosen_by(evaluations[0])}."
         )
         draw_frame(drawing, title(evaluations), note)
@@ -63,15 +63,15 @@ def draw_block(block: SubFigure, evaluation: Evaluation) -> None:
     for column, measure in zip(grid.T, DRAWN_MEASURES, strict=True):
         for axes, condition in zip(column, conditions, strict=True):
             draw_others(axes, evaluation, [name for name in conditions if name != condition], measure)
-            for name in (*with_baseline, condition):
-                draw_curve(axes, evaluation, name, measure)
+            for name in with_baseline:
+                draw_curve(axes, evaluation, name, measure, line="--")
+            draw_curve(axes, evaluation, condition, measure)
         column[0].set_title(measure.axis)
         column[-1].set_xlabel("Training step (optimiser updates)")
         if not measure.per_token:
             column[0].set_ylim(bottom=-0.05 * column[0].get_ylim()[1])  # room for a marker at zero
     for axes, condition in zip(grid[:, 0], conditions, strict=True):
-        colour = condition_style(condition).colour
-        axes.set_ylabel(row_label(condition), rotation=0, ha="right", va="center", color=colour, fontweight="bold")
+        axes.set_ylabel(row_label(condition), rotation=0, ha="right", va="center", fontweight="bold")
     block.suptitle(evaluation.results.model, x=0.01, ha="left", fontweight="bold", fontsize=10)
 
 

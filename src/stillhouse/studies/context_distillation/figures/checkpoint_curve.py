@@ -5,9 +5,11 @@ Also draws the base, zero-shot and with shots, as horizontal lines with their in
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 
-from stillhouse.evaluation.statistics import Estimate
 from stillhouse.reporting.style import condition_style, figure, save_figure
 from stillhouse.runtime.commands import run_step
 from stillhouse.studies.context_distillation.figures import (
@@ -53,8 +55,8 @@ def main(step: FigureStep) -> None:
             row[0].set_title(evaluation.results.model, loc="left", fontweight="bold")
         for axes in grid[-1]:
             axes.set_xlabel("Training step (optimiser updates)")
-        handles = {label: handle for axes in grid[:, 0] for handle, label in zip(*legend_of(axes), strict=True)}
-        drawing.legend(list(handles.values()), list(handles), loc="outside right upper", fontsize=9)
+        handles = legend_handles(grid[:, 0])
+        drawing.legend(list(handles.values()), list(handles), loc="outside right center", fontsize=9)
         note = f"{sample_note(evaluations)} Rings: checkpoints chosen by {chosen_by(evaluations[0])}."
         draw_frame(drawing, title(evaluations), note)
         save_figure(drawing, step.output)
@@ -70,18 +72,18 @@ def draw_base(axes: Axes, evaluation: Evaluation, subject: Subject, measure: Mea
     """The untrained model: a horizontal line and the band of its interval."""
     style, value = condition_style(subject.condition), estimate(evaluation, subject, measure)
     dashes = (0, (1, 1)) if subject.shots == 0 else (0, (min(subject.shots, 8), 2))
-    axes.axhline(
-        measure.scale * value.value, color=style.colour, linestyle=dashes, linewidth=1.2, label=subject.label
-    )
+    axes.axhline(measure.scale * value.value, color=style.colour, linestyle=dashes, linewidth=1.2, label=subject.label)
     axes.axhspan(measure.scale * value.low, measure.scale * value.high, color=style.colour, alpha=0.06, linewidth=0)
 
 
-def draw_curve(axes: Axes, evaluation: Evaluation, condition: str, measure: Measure) -> dict[int, Estimate]:
+def draw_curve(axes: Axes, evaluation: Evaluation, condition: str, measure: Measure, line: str = "-") -> None:
     """A condition's mean over training with its interval, single seeds as dots, a ring at each chosen checkpoint."""
     style, subjects = condition_style(condition), trajectory(evaluation, condition)
     values = {step: estimate(evaluation, subject, measure) for step, subject in subjects.items()}
     scaled = [[measure.scale * getattr(one, name) for one in values.values()] for name in ("value", "low", "high")]
-    axes.plot(list(values), scaled[0], color=style.colour, marker=style.marker, label=condition, zorder=3)
+    axes.plot(
+        list(values), scaled[0], color=style.colour, marker=style.marker, linestyle=line, label=condition, zorder=3
+    )
     axes.fill_between(list(values), scaled[1], scaled[2], color=style.colour, alpha=0.15, linewidth=0)
     for step, subject in subjects.items():
         seeds = by_seed(evaluation, subject, measure)
@@ -100,12 +102,12 @@ def draw_curve(axes: Axes, evaluation: Evaluation, condition: str, measure: Meas
         )
     if len(values) <= 8:
         axes.set_xticks(list(values))
-    return values
 
 
-def legend_of(axes: Axes) -> tuple[list[object], list[str]]:
-    """The handles and labels of what a panel shows."""
-    return axes.get_legend_handles_labels()
+def legend_handles(panels: Iterable[Axes]) -> dict[str, Artist]:
+    """What the panels show, each name once."""
+    shown = [axes.get_legend_handles_labels() for axes in panels]
+    return {label: handle for handles, labels in shown for handle, label in zip(handles, labels, strict=True)}
 
 
 def chosen_by(evaluation: Evaluation) -> str:

@@ -18,7 +18,7 @@ from stillhouse.runtime.errors import UserError
 from stillhouse.runtime.files import read_json
 from stillhouse.studies.context_distillation.figures import BASELINE, draw_frame, draw_notice
 
-CROSS_ENTROPY = "cross_entropy"
+CROSS_ENTROPY = "ce"  # the term that the study's objective logs
 COLUMNS = 4
 SMOOTHED_SHARE = 0.05
 
@@ -39,10 +39,14 @@ class Curves:
     seeds: pd.DataFrame
 
     @property
+    def window(self) -> int:
+        """Logged steps in the moving average."""
+        return max(3, round(SMOOTHED_SHARE * len(self.seeds)))
+
+    @property
     def smoothed(self) -> pd.DataFrame:
-        """Each seed's centred moving average over 5 % of the logged steps, three at least."""
-        window = max(3, round(SMOOTHED_SHARE * len(self.seeds)))
-        return self.seeds.rolling(window, center=True, min_periods=1).mean()
+        """Each seed's centred moving average."""
+        return self.seeds.rolling(self.window, center=True, min_periods=1).mean()
 
 
 def main(step: LossStep) -> None:
@@ -58,17 +62,21 @@ def main(step: LossStep) -> None:
     with figure(max(6.0, 2.7 * columns + 0.5), 1.1 + 2.0 * rows) as drawing:
         grid = drawing.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
         for axes, panel in zip(grid, panels, strict=False):
-            for one in {baselines.get(panel.model, panel).condition: baselines.get(panel.model, panel), panel.condition: panel}.values():
-                draw_curves(axes, one)
+            if panel.model in baselines:
+                draw_curves(axes, baselines[panel.model], line="--")
+            draw_curves(axes, panel)
             several = len({one.model for one in curves}) > 1
             axes.set_title(f"{panel.model}\n{panel.condition}" if several else panel.condition, fontsize=9)
             axes.tick_params(labelbottom=True)
         for axes in grid[len(panels) :]:
             axes.set_axis_off()
-        drawing.supylabel("Training cross entropy (nats per answer token)", fontsize=9)
+        for axes in grid[::columns]:
+            axes.set_ylabel("Cross entropy\n(nats per answer token)")
+        for axes in grid[max(0, len(panels) - columns) : len(panels)]:
+            axes.set_xlabel("Training step (updates)")
         note = (
-            f"Light: as logged; dark: moving average over {SMOOTHED_SHARE:.0%} of the steps; blue: {BASELINE}. "
-            f"{seed_note(curves)} The x axis counts optimiser updates."
+            f"Solid: the panel's condition; dashed: {BASELINE}. Light: as logged; dark: centred moving average over "
+            f"{panels[0].window} logged steps. {seed_note(curves)}"
         )
         draw_frame(drawing, title(panels, baselines), note)
         save_figure(drawing, step.output)
@@ -93,11 +101,11 @@ def read_cross_entropy(path: Path) -> pd.Series:
         raise UserError(f"{path}: has no column '{CROSS_ENTROPY}' by step ({error}): train again") from None
 
 
-def draw_curves(axes: Axes, curves: Curves) -> None:
+def draw_curves(axes: Axes, curves: Curves, line: str = "-") -> None:
     """Raw values lightly, the seeds' mean moving average darkly, and their range as a band."""
     style, smoothed = condition_style(curves.condition), curves.smoothed
     axes.plot(curves.seeds.index, curves.seeds.mean(axis=1), color=style.colour, linewidth=0.6, alpha=0.35)
-    axes.plot(smoothed.index, smoothed.mean(axis=1), color=style.colour, label=curves.condition)
+    axes.plot(smoothed.index, smoothed.mean(axis=1), color=style.colour, linestyle=line)
     if smoothed.shape[1] > 1:
         axes.fill_between(
             smoothed.index, smoothed.min(axis=1), smoothed.max(axis=1), color=style.colour, alpha=0.2, linewidth=0

@@ -1,0 +1,53 @@
+"""Normalised task files are read as problems, or file and line of the fault are named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from stillhouse.data.records import MathProblem, read_problems
+from stillhouse.runtime.errors import UserError
+
+ROW = {"id": "a", "question": "1+1?", "answer": "2\n#### 2"}
+
+
+def write(path: Path, *rows: object) -> Path:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+def test_problems_are_read_in_order(tmp_path: Path) -> None:
+    path = write(tmp_path / "train.jsonl", ROW, {**ROW, "id": "b", "question": "line\u2028separator"})
+    assert read_problems(path) == [
+        MathProblem("a", "1+1?", "2\n#### 2"),
+        MathProblem("b", "line\u2028separator", "2\n#### 2"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ('{"id": "b"', "is not valid JSON"),
+        ({**ROW, "id": 3}, "'id' is missing or no text"),
+        ({"id": "b", "question": "?"}, "'answer' is missing or no text"),
+        (["a"], "'id' is missing or no text"),
+        (ROW, "the id 'a' occurs twice"),
+        ({**ROW, "id": "b", "answer": "2"}, r"\(id b\): the answer has no '#### <result>'"),
+    ],
+)
+def test_a_fault_is_named_by_file_and_line(tmp_path: Path, row: object, message: str) -> None:
+    path = write(tmp_path / "train.jsonl", ROW, row)
+    with pytest.raises(UserError, match=rf"train\.jsonl:2.*{message}"):
+        read_problems(path)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"train\.jsonl: does not exist"):
+        read_problems(tmp_path / "train.jsonl")
+
+
+def test_an_empty_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"train\.jsonl: holds no examples"):
+        read_problems(write(tmp_path / "train.jsonl", ""))
