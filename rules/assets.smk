@@ -1,14 +1,7 @@
 # Needs: the catalogue. Makes: resources/models/<name>/ and resources/datasets/<name>/, verified and normalised.
 
 
-def model_settings(wildcards):
-    name = known("model", wildcards.model, CONFIGURATION.models)
-    return settings(kind="model", name=name, entry=CONFIGURATION.models[name].materialise_settings())
-
-
-def dataset_settings(wildcards):
-    name = known("data set", wildcards.dataset, CONFIGURATION.datasets)
-    return settings(kind="dataset", name=name, entry=CONFIGURATION.datasets[name].materialise_settings())
+include: "functions/assets.smk"
 
 
 rule model:
@@ -19,6 +12,8 @@ rule model:
         "logs/assets/model/{model}.log",
     benchmark:
         "logs/benchmarks/assets/model/{model}.jsonl"
+    conda:
+        "../envs/stillhouse.yaml"
     threads: RESOURCES.assets.threads
     resources:
         mem_mb=RESOURCES.assets.memory_mb,
@@ -38,6 +33,8 @@ rule dataset:
         "logs/assets/dataset/{dataset}.log",
     benchmark:
         "logs/benchmarks/assets/dataset/{dataset}.jsonl"
+    conda:
+        "../envs/stillhouse.yaml"
     threads: 1
     resources:
         mem_mb=RESOURCES.assets.memory_mb,

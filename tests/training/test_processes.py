@@ -35,6 +35,7 @@ def run_two_processes(model: Path, folder: Path, *arguments: str) -> list[subpro
             [sys.executable, "-m", "tests.training.tiny_run", model, folder, *arguments],
             cwd=REPOSITORY,
             env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -47,8 +48,9 @@ def test_two_processes_give_the_weights_of_one(tiny_model: Path, tmp_path: Path)
     """The batch of five splits unevenly, 2 and 3, with answers of uneven length."""
     _, alone = tiny_train(tiny_model, tmp_path / "one", tiny_settings())
     processes = run_two_processes(tiny_model, tmp_path / "two")
-    errors = [process.communicate(timeout=300)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], errors
+    outputs = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert [output for output, _ in outputs] == ["processes: 2\n"] * 2
     weights = [
         load_file(tmp_path / folder / "output" / "checkpoint-8" / "adapter_model.safetensors")
         for folder in ("one", "two")

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from stillhouse.runtime.errors import UserError
 from stillhouse.training.checkpoints import latest_valid_state, numbered_directories
@@ -128,6 +129,24 @@ def test_a_finished_run_does_nothing_but_hand_out_its_results_again(tiny_model: 
     _, result = tiny_train(tiny_model, tmp_path, tiny_settings(), objective=AnswerCrossEntropy(kill_at=1))
     assert result.resumed_from == result.steps == 8
     assert_bit_equal(final_weights(tmp_path), first)
+
+
+def test_a_full_disk_is_named_and_loses_no_earlier_state(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from stillhouse.training import checkpoints
+
+    def save_or_fail(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        if "state-6" in str(path):
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        save_file(tensors, path)
+
+    monkeypatch.setattr(checkpoints, "save_file", save_or_fail)
+    with pytest.raises(UserError, match="state-6: the disk is full"):
+        tiny_train(tiny_model, tmp_path, tiny_settings())
+    monkeypatch.undo()
+    _, result = tiny_train(tiny_model, tmp_path, tiny_settings())
+    assert result.resumed_from == 4
 
 
 def test_a_state_of_another_model_is_refused(tiny_model: Path, tmp_path: Path) -> None:

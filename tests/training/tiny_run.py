@@ -23,6 +23,7 @@ from stillhouse.models.lora import load_trainable
 from stillhouse.runtime.logs import configure_logging
 from stillhouse.training.loop import TrainingResult, train
 from stillhouse.training.objective import LossTerms
+from stillhouse.training.processes import staged_output
 from tests.support.tiny_models import word_problems
 
 EXAMPLES = 20
@@ -91,7 +92,7 @@ def tiny_train(
         ProblemData(model_directory, settings.packing),
         settings,
         work_dir=folder / "work",
-        output_dir=folder / "output",
+        output_dir=options.pop("output_dir", folder / "output"),
         seed=options.pop("seed", 3),
         **options,
     )
@@ -116,7 +117,12 @@ def main() -> None:
     if arguments.terminate_at:
         objective = AnswerCrossEntropy(arguments.terminate_at, signal.SIGTERM)
     settings = tiny_settings(method=arguments.method, lora={"rank": 4, "alpha": 8, "dropout": arguments.dropout})
-    tiny_train(arguments.model, arguments.folder, settings, objective, tokenizer=load_tokenizer(arguments.model))
+    tokenizer = load_tokenizer(arguments.model)
+    with staged_output(arguments.folder / "output") as staging:
+        _, result = tiny_train(
+            arguments.model, arguments.folder, settings, objective, tokenizer=tokenizer, output_dir=staging
+        )
+    print("processes:", result.processes)
 
 
 def _die_while_writing_state(step: int) -> None:
@@ -128,7 +134,7 @@ def _die_while_writing_state(step: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return write_manifest(directory)
 
-    checkpoints.write_manifest = write_or_die  # type: ignore[attr-defined]
+    checkpoints.write_manifest = write_or_die  # type: ignore[assignment, attr-defined]
 
 
 if __name__ == "__main__":

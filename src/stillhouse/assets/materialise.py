@@ -20,6 +20,9 @@ from stillhouse.config.base import StrictModel
 from stillhouse.runtime.commands import run_step
 from stillhouse.runtime.files import staged_directory, write_manifest
 from stillhouse.runtime.logs import logger
+from stillhouse.runtime.records import RunRecord
+
+MODULE = "stillhouse.assets.materialise"
 
 
 class ModelStep(StrictModel):
@@ -44,19 +47,21 @@ def main(step: ModelStep | DatasetStep) -> None:
     """Make `step.output`; raises `UserError` where no source yields the asset or it cannot be read."""
     scratch = step.output.parent / f".{step.output.name}.fetch"
     try:
-        if isinstance(step, ModelStep):
-            _materialise_model(step, scratch)
-        else:
-            path = fetch(step.name, step.entry, tuple(step.entry.splits.values()), scratch)
-            with staged_directory(step.output) as staging:
-                counts = normalise_dataset(step.name, step.entry, path, staging)
-                write_manifest(staging, {"task": step.entry.task, "examples": counts})
+        with RunRecord(MODULE, step, {}) as record:
+            if isinstance(step, ModelStep):
+                _materialise_model(step, scratch, record)
+            else:
+                path = fetch(step.name, step.entry, tuple(step.entry.splits.values()), scratch)
+                with staged_directory(step.output) as staging:
+                    counts = normalise_dataset(step.name, step.entry, path, staging)
+                    write_manifest(staging, {"task": step.entry.task, "examples": counts})
+                    record.write(staging / "run.json")
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     logger.info("%s: ready in %s", step.name, step.output)
 
 
-def _materialise_model(step: ModelStep, scratch: Path) -> None:
+def _materialise_model(step: ModelStep, scratch: Path, record: RunRecord) -> None:
     # Imported here, because it loads torch and a data set needs none of it.
     from stillhouse.assets.models import convert_gguf, copy_transformers_model, wanted_files
 
@@ -66,7 +71,9 @@ def _materialise_model(step: ModelStep, scratch: Path) -> None:
             convert_gguf(path, step.entry.fixes, staging)
         else:
             copy_transformers_model(path, step.entry.trust_remote_code, staging)
+        # The record stays outside the manifest: making the asset again does not change what is said to be in it.
         write_manifest(staging)
+        record.write(staging / "run.json")
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ def convert_gguf(file: Path, fixes: Sequence[str], output: Path) -> None:
             **location, quantization_config=GgufConfig(gguf_file=file.name, dequantize=True), dtype=torch.float32
         )
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(**location)
-    except (ValueError, KeyError, RuntimeError) as error:
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{file.name}: transformers cannot read this GGUF file: {reason}") from error
     if "smollm2_digit_pretokenizer" in fixes:

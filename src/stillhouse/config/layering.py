@@ -115,10 +115,10 @@ def _last_layer_with(location: Location, layers: Sequence[Layer]) -> str:
 
 def _contains(values: Any, location: Location) -> bool:
     for part in location:
-        keys: Any = range(len(values)) if isinstance(values, list) else values
-        if not isinstance(values, (list, Mapping)) or part not in keys:
+        try:
+            values = values[part]
+        except (TypeError, KeyError, IndexError):
             return False
-        values = values[part]
     return True
 
 

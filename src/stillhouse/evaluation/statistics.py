@@ -90,7 +90,7 @@ def bootstrap_ratio_interval(
 
 
 def mcnemar(a: Sequence[bool] | NDArray[Any], b: Sequence[bool] | NDArray[Any]) -> McNemarResult:
-    """McNemar's test (1947): of the items that one system alone gets right, does each get as many?
+    """McNemar's test (1947) of whether each system gets as many items right that the other gets wrong.
 
     Exact: binomial with p = 1/2 over the discordant items; p_value is 1 where there are none.
     """

@@ -126,10 +126,8 @@ def shared_prefix_length(sequences: Sequence[Sequence[int]], answer_starts: Sequ
     The first wanted row of sequence i, column `answer_starts[i] - 1`, predicts the answer's first token.
     """
     limit = min(answer_starts, default=1) - 1
-    first, last = (
-        min(sequences, default=[]),
-        max(sequences, default=[]),
-    )  # in lexical order, others lie between
+    ordered = sorted(map(list, sequences)) or [[]]
+    first, last = ordered[0], ordered[-1]  # in lexical order, the others lie between
     different = (column for column in range(limit) if first[column] != last[column])
     return max(0, next(different, limit))
 
@@ -202,7 +200,8 @@ def _lm_head_input(model: nn.Module, rows: Tensor, stop_before_lm_head: bool = F
         captured.append(hidden)
         return (hidden[None, :0] if stop_before_lm_head else hidden[None], *arguments[1:])
 
-    handle = model.get_output_embeddings().register_forward_pre_hook(keep_rows)
+    output_embeddings: nn.Module = model.get_output_embeddings()  # type: ignore[operator]  # of every causal model
+    handle = output_embeddings.register_forward_pre_hook(keep_rows)
     try:
         yield captured
     finally:

@@ -8,16 +8,19 @@ from (seed, step, process).
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -54,7 +57,7 @@ def save_state(
     tensors = {f"parameter/{name}": parameter.detach() for name, parameter in parameters.items()}
     for parameter, moments in optimizer.state.items():
         tensors |= {f"optimizer/{names[parameter]}/{key}": value for key, value in moments.items()}
-    with staged_directory(work_dir / f"state-{progress.step}") as staging:
+    with staged_directory(work_dir / f"state-{progress.step}") as staging, _full_disk_as_os_error():
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, staging / STATE_TENSORS)
         write_json(staging / STATE_PROGRESS, asdict(progress))
         write_manifest(staging)
@@ -113,7 +116,7 @@ def save_weights(
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> None:
     """Write `checkpoint-<step>/`: an adapter, a transformers model in `dtype`, or a module's tensors."""
-    with staged_directory(work_dir / f"checkpoint-{step}") as staging:
+    with staged_directory(work_dir / f"checkpoint-{step}") as staging, _full_disk_as_os_error():
         if isinstance(model, PeftModel):
             # "auto" would ask the hub whether the vocabulary was resized; Stillhouse never resizes it.
             model.save_pretrained(str(staging), safe_serialization=True, save_embedding_layers=False)
@@ -147,6 +150,17 @@ def numbered_directories(work_dir: Path, kind: str) -> list[tuple[int, Path]]:
     """The directories `<kind>-<step>` of `work_dir` with their steps, newest first."""
     matches = ((re.fullmatch(rf"{kind}-(\d+)", path.name), path) for path in work_dir.glob(f"{kind}-*"))
     return sorted(((int(match[1]), path) for match, path in matches if match), reverse=True)
+
+
+@contextmanager
+def _full_disk_as_os_error() -> Iterator[None]:
+    """Safetensors hides the operating system's error in a text of its own; `staged_directory` explains an OSError."""
+    try:
+        yield
+    except SafetensorError as error:
+        if f"os error {errno.ENOSPC}" in str(error):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+        raise
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:

@@ -56,6 +56,7 @@ from stillhouse.training.optimizers import (
 from stillhouse.training.processes import (
     StopRequest,
     TrainingInterrupted,
+    on_processor,
     sum_gradients,
     sum_statistics,
 )
@@ -113,6 +114,7 @@ def train(
     check_trackers(tracking)
     work_dir.mkdir(parents=True, exist_ok=True)
     accelerator = Accelerator(
+        cpu=on_processor(),
         mixed_precision="no",  # autocast is entered below, around the whole objective
         log_with=["tensorboard", *tracking.trackers],
         project_config=ProjectConfiguration(str(work_dir), logging_dir=str(work_dir / TRACKING_FOLDER)),

@@ -17,6 +17,7 @@ from typing import Self
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 
 from stillhouse.runtime.files import staged_directory
@@ -59,10 +60,24 @@ class StopRequest:
         self.received = True
 
 
+def on_processor() -> bool:
+    """Whether processes compute on the CPU, because there is no GPU or because the launcher was told so."""
+    return not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
+
+
+def process_state() -> PartialState:
+    """Accelerate's state of this process: its rank, and barriers.
+
+    Always got from here: the first call fixes the state for good, and without `cpu` it would take the processes of a
+    CPU launch for separate runs.
+    """
+    return PartialState(cpu=on_processor())
+
+
 @contextmanager
 def staged_output(final: Path) -> Iterator[Path]:
     """`staged_directory` for programs of several processes: the first one stages, all see the folder."""
-    processes = PartialState()
+    processes = process_state()
     if processes.is_main_process:
         with staged_directory(final) as staging:
             processes.wait_for_everyone()
@@ -100,7 +115,7 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def _sum_bucket(gradients: list[Tensor]) -> None:
-    if PartialState().num_processes == 1 or not gradients:
+    if process_state().num_processes == 1 or not gradients:
         return
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     _sum_over_processes(flat)
@@ -110,5 +125,5 @@ def _sum_bucket(gradients: list[Tensor]) -> None:
 
 
 def _sum_over_processes(tensor: Tensor) -> None:
-    if PartialState().num_processes > 1:
+    if process_state().num_processes > 1:
         torch.distributed.all_reduce(tensor)

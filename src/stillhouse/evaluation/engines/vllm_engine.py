@@ -87,7 +87,7 @@ def _served_ranks() -> tuple[int, ...]:
 
 
 def _set_environment() -> None:
-    """vLLM's variables, before its import; what the user has set stays."""
+    """Set vLLM's variables, before its import; what the user has set stays."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     if not torch.cuda.is_available():
@@ -117,7 +117,6 @@ class VllmEngine:
         self._numbers = {path.resolve(): number for number, path in enumerate(adapters, start=1)}
         self._llm: Any = LLM(
             model=str(model_directory),
-            skip_tokenizer_init=True,
             dtype=torch_dtype(resolve_precision(settings.precision)),
             max_model_len=self._limit,
             max_num_seqs=settings.batch_size,

@@ -8,6 +8,7 @@ condition, a longer run or a stopped job computes only what is missing.
 from __future__ import annotations
 
 import gc
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -278,7 +279,7 @@ class EvaluationJob:
             strict = published_correct(output, problem.answer)
         return strict, score.flexible_correct, score.wrote_marker
 
-    def _part(self, subject: Subject, facts: dict[str, object]) -> Path:
+    def _part(self, subject: Subject, facts: Mapping[str, object]) -> Path:
         """Where a subject's rows are kept: named by everything that determines them."""
         weights = {}
         if subject.checkpoint:

@@ -60,7 +60,10 @@ SCORER_NOTES = {
     "corrected": "Answers may have a sign and decimals; the published pattern read digits and commas only.",
     "as_published": "**As published:** the scorer reads digits and commas only, so that a sign or decimals are lost.",
 }
-SAMPLE_NOTE = "Every number has its n and a 95 % interval, comparisons are paired on the same items and adjusted for their number."
+SAMPLE_NOTE = (
+    "Every number has its n and a 95 % interval; comparisons are paired on the same items, p-values adjusted for their "
+    "number."
+)
 
 
 class ReportStep(StrictModel):

@@ -93,8 +93,8 @@ def main(step: TrainStep) -> None:
             )
             if PartialState().is_main_process:
                 record.add(training=asdict(result), examples=len(data), skipped=asdict(data.skipped))
-                record.write(staging / "run.json")
                 write_manifest(staging)
+                record.write(staging / "run.json")
 
 
 def student(step: TrainStep, seed: int) -> nn.Module:

@@ -62,17 +62,20 @@ GOLD_NLL = Measure(
     "gold_nll",
     "gold NLL",
     "Gold answer NLL (nats per token)",
-    "gold answer NLL (nats per token; lower is better)",
+    "gold answer NLL\n(nats per token; lower is better)",
     per_token=True,
 )
 STRICT = Measure(
-    "strict_correct", "strict accuracy", "Strict accuracy (% of answers)", "strict accuracy (percentage points)"
+    "strict_correct", "strict accuracy", "Strict accuracy (% of answers)", "strict accuracy\n(percentage points)"
 )
 MARKER = Measure(
-    "wrote_marker", "#### share", "Answers that wrote #### (%)", "answers that wrote #### (percentage points)"
+    "wrote_marker", "#### share", "Answers that wrote #### (%)", "answers that wrote ####\n(percentage points)"
 )
 FLEXIBLE = Measure(
-    "flexible_correct", "flexible accuracy", "Flexible accuracy (% of answers)", "flexible accuracy (percentage points)"
+    "flexible_correct",
+    "flexible accuracy",
+    "Flexible accuracy (% of answers)",
+    "flexible accuracy\n(percentage points)",
 )
 DRAWN_MEASURES = (GOLD_NLL, STRICT, MARKER)
 
@@ -199,8 +202,8 @@ def compare(evaluation: Evaluation, subject: Subject, baseline: Subject, measure
     )
 
 
-def sample_note(evaluations: Sequence[Evaluation]) -> str:
-    """The n and the meaning of the intervals, for a figure's last line."""
+def sample_note(evaluations: Sequence[Evaluation], dots: bool = True) -> str:
+    """The n and the meaning of the intervals (and of the seeds' dots), for a figure's last line."""
     notes = []
     for evaluation in evaluations:
         subject = headline(evaluation)[0].measurements[0]
@@ -208,8 +211,9 @@ def sample_note(evaluations: Sequence[Evaluation]) -> str:
         note = f"n = {subject.gold_nll.n} test items for NLL, {answered} answers for rates"
         notes.append(f"{evaluation.results.model}: {note}" if len(evaluations) > 1 else note)
     several = any(len(subject.measurements) > 1 for one in evaluations for subject in headline(one))
-    over = "seeds and items; small dots: single seeds" if several else "items; one seed"
-    return f"{'. '.join(dict.fromkeys(notes))}. 95 % intervals over {over}."
+    over = "seeds and items" if several else "items; one seed"
+    seeds = " Small dots: single seeds." if several and dots else ""
+    return f"{'. '.join(dict.fromkeys(notes))}. 95 % intervals over {over}.{seeds}"
 
 
 def draw_frame(drawing: Figure, title: str, note: str) -> None:

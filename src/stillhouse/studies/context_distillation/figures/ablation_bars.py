@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from stillhouse.reporting.style import BLACK, condition_style, error_bars, figure, save_figure
 from stillhouse.runtime.commands import run_step
@@ -38,7 +39,7 @@ def main(step: FigureStep) -> None:
         draw_notice(step.output, f"No student beside '{BASELINE}' was trained: there is no difference to draw.")
         return
     heights = [len(bars[GOLD_NLL]) for bars in drawn.values()]
-    with figure(11, 1.3 + sum(0.3 * height + 0.5 for height in heights)) as drawing:
+    with figure(11, 1.5 + sum(0.3 * height + 0.5 for height in heights)) as drawing:
         grid = drawing.subplots(len(drawn), len(DRAWN_MEASURES), squeeze=False, sharey="row", height_ratios=heights)
         for row, (model, bars) in zip(grid, drawn.items(), strict=True):
             for axes, measure in zip(row, DRAWN_MEASURES, strict=True):
@@ -48,7 +49,7 @@ def main(step: FigureStep) -> None:
             axes.set_xlabel(f"Difference in\n{measure.difference_axis}")
         note = (
             f"Difference to {BASELINE} at each one's chosen checkpoint, paired by item; solid where the interval "
-            f"excludes zero, not adjusted for the number of comparisons. {sample_note(evaluations)}"
+            f"excludes zero, not adjusted for the number of comparisons. {sample_note(evaluations, dots=False)}"
         )
         draw_frame(drawing, title(list(drawn.values())), note)
         save_figure(drawing, step.output)
@@ -83,6 +84,7 @@ def draw_bars(axes: Axes, bars: Sequence[Comparison], measure: Measure) -> None:
             linewidth=1,
         )
     axes.axvline(0, color=BLACK, linewidth=0.8)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.set_yticks(range(len(bars)), [bar.subject.label for bar in bars])
     axes.set_ylim(len(bars) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)

@@ -72,7 +72,7 @@ def main(step: LossStep) -> None:
             axes.set_axis_off()
         for axes in grid[::columns]:
             axes.set_ylabel("Cross entropy\n(nats per answer token)")
-        for axes in grid[max(0, len(panels) - columns) : len(panels)]:
+        for axes in grid[-columns:]:
             axes.set_xlabel("Training step (updates)")
         note = (
             f"Solid: the panel's condition; dashed: {BASELINE}. Light: as logged; dark: centred moving average over "
