@@ -26,6 +26,8 @@ CONTEXT_DISTILLATION_TARGETS = {
     ),
     "section": ["results/context_distillation/section.md"],
     "records": [
+        f"resources/datasets/{CONTEXT.task.dataset}",
+        CONTEXT_DATA,
         *expand("resources/models/{model}", model=CONTEXT.models),
         *[
             f"{CONTEXT_RESULTS}/{model}/teacher_cache/{cache}"

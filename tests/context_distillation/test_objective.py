@@ -29,6 +29,12 @@ LOSSES = {
     "one_late": DistillationSettings(top_k=7, positions="one_late"),
     "kl_one_late": DistillationSettings(loss="kl", positions="one_late"),
 }
+# Every loss; shared shots in both cache modes; padding with both kinds of rows.
+CASES = [
+    *((name, "per_example", True) for name in LOSSES),
+    *((name, sampling, True) for name in ("mse_top_k", "kl") for sampling in ("grouped", "fixed")),
+    *((name, "fixed", False) for name in ("kl", "one_late")),
+]
 
 
 def mode_of(settings: DistillationSettings) -> str:
@@ -54,9 +60,7 @@ def naive_distance(settings: DistillationSettings, student: Tensor, teacher: Ten
 
 def naive_loss(settings, context, student, base, problems, renderer, ids) -> tuple[Tensor, int]:
     """Two models, one example at a time, logits of every position, as the published training script does it."""
-    sampler = ShotSampler(
-        problems, context.shots, context.sampling, context.groups, context.exemplars, context.seed
-    )
+    sampler = ShotSampler(problems, context.shots, context.sampling, context.groups, context.exemplars, context.seed)
     total, count = torch.zeros(()), 0
     for identity in ids:
         index = next(place for place, problem in enumerate(problems) if problem.id == identity)
@@ -91,9 +95,7 @@ def loss_of(objective, model, data, indices, budget: int = 160) -> tuple[Tensor,
     return sum(part.total for part in parts), sum(part.count for part in parts), terms
 
 
-@pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
-@pytest.mark.parametrize("sampling", CONTEXTS)
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize(("name", "sampling", "packing"), CASES)
 def test_cached_online_and_naive_agree(name, sampling, packing, student, tiny_model, problems, renderer, build_cache):
     settings, context = LOSSES[name], CONTEXTS[sampling]
     mode = mode_of(settings)

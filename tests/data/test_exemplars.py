@@ -49,7 +49,8 @@ def test_fixed_shots_are_one_reserved_set() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sampling", "groups", "available"), [("per_example", 16, 5), ("grouped", 2, 3), ("grouped", 1, 0), ("fixed", 16, 5)]
+    ("sampling", "groups", "available"),
+    [("per_example", 16, 5), ("grouped", 2, 3), ("grouped", 1, 0), ("fixed", 16, 5)],
 )
 def test_fewer_examples_than_shots_is_an_error_with_both_numbers(sampling, groups, available) -> None:
     with pytest.raises(UserError, match=f"context.shots is 8 but only {available} of 6 training examples"):

@@ -31,9 +31,7 @@ def model(tiny_model: Path, request: pytest.FixtureRequest) -> PreTrainedModel:
 @pytest.mark.parametrize("collate", COLLATE.values(), ids=COLLATE.keys())
 @pytest.mark.parametrize("rows", ["predicting", "with_last"])
 def test_rows_equal_those_of_each_sequence_run_alone(model, collate, rows) -> None:
-    alone = [
-        model(input_ids=torch.tensor([s.input_ids])).logits[0, list(s.logit_positions(rows))] for s in SEQUENCES
-    ]
+    alone = [model(input_ids=torch.tensor([s.input_ids])).logits[0, list(s.logit_positions(rows))] for s in SEQUENCES]
     together = answer_rows_logits(model, collate(SEQUENCES, rows))
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-5, atol=1e-5)
 

@@ -17,6 +17,9 @@ from stillhouse.runtime.commands import run_step
 from stillhouse.runtime.errors import UserError
 from stillhouse.runtime.files import atomic_write_text, staged_directory, verify_manifest, write_manifest
 from stillhouse.runtime.logs import logger
+from stillhouse.runtime.records import RunRecord
+
+MODULE = "stillhouse.data.split"
 
 
 class SplitSource(StrictModel):
@@ -41,7 +44,7 @@ def main(step: SplitStep) -> None:
     by_source: dict[str, dict[str, int | None]] = defaultdict(dict)
     for name, split in step.splits.items():
         by_source[split.source][name] = split.size
-    with staged_directory(step.output) as staging:
+    with RunRecord(MODULE, step, {"dataset": step.dataset}) as record, staged_directory(step.output) as staging:
         for source, sizes in sorted(by_source.items()):
             path = step.dataset / f"{source}.jsonl"
             if not path.is_file():
@@ -51,6 +54,7 @@ def main(step: SplitStep) -> None:
                 write_problems(staging / f"{name}.jsonl", problems)
                 logger.info("%s: %d examples from the published %s split", name, len(problems), source)
         write_manifest(staging)
+        record.write(staging / "run.json")
 
 
 def write_problems(path: Path, problems: list[MathProblem]) -> None:

@@ -33,11 +33,7 @@ class OutputHead:
 
     def equals(self, other: OutputHead) -> bool:
         """Whether both heads hold the same numbers."""
-        pairs = [(self.weight, other.weight), (self.bias, other.bias)]
-        return all(
-            one is two or (one is not None and two is not None and torch.equal(one.cpu(), two.cpu()))
-            for one, two in pairs
-        )
+        return _equal(self.weight, other.weight) and _equal(self.bias, other.bias)
 
 
 def output_head(model: PreTrainedModel) -> OutputHead:
@@ -69,3 +65,9 @@ def require_plain_head(model: PreTrainedModel) -> None:
             f"{type(model).__name__} {reason} after the output embeddings, so hidden states do not give its "
             "logits: use distillation.loss mse_top_k with this model"
         )
+
+
+def _equal(one: Tensor | None, two: Tensor | None) -> bool:
+    if one is None or two is None:
+        return one is two
+    return one.dtype == two.dtype and torch.equal(one.cpu(), two.cpu())
