@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
 import torch
-from pydantic import BaseModel
 
+from stillhouse.config.base import StrictModel
 from stillhouse.models.output_head import OutputHead
 from stillhouse.models.target_cache import CacheFacts, TargetCache, TeacherTargets, compute_shards, publish_cache
 from stillhouse.runtime.errors import UserError
@@ -39,7 +41,7 @@ def hidden(ids) -> list[TeacherTargets]:
 
 def build(directory: Path, compute=top_k, facts: CacheFacts = FACTS, head: OutputHead | None = None) -> Path:
     shards = compute_shards(directory / "work", PLAN, compute)
-    with RunRecord("stillhouse.models.target_cache", BaseModel(), {}) as record:
+    with RunRecord("stillhouse.models.target_cache", StrictModel(), {}) as record:
         publish_cache(directory / "cache", shards, facts, head, record)
     return directory / "cache"
 
@@ -68,8 +70,6 @@ def test_hidden_states_keep_their_type_and_the_head_comes_along(tmp_path: Path) 
 
 
 def test_the_record_holds_the_teacher_s_own_nll(tmp_path: Path) -> None:
-    import json
-
     record = json.loads((build(tmp_path) / "run.json").read_text())
     names = "abcde"
     losses = [
@@ -96,8 +96,10 @@ def test_a_build_killed_between_shards_goes_on_and_equals_an_undisturbed_one(tmp
 
     child = os.fork()
     if child == 0:
-        build(tmp_path / "killed", killed_at_the_second)
-        os._exit(0)
+        try:
+            build(tmp_path / "killed", killed_at_the_second)
+        finally:
+            os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     assert not (tmp_path / "killed" / "cache").exists()
     resumed, undisturbed = build(tmp_path / "killed", counted), build(tmp_path / "undisturbed")
@@ -123,6 +125,8 @@ def test_a_corrupt_file_is_named(tmp_path: Path, name: str) -> None:
     (cache / name).write_bytes(data)
     with pytest.raises(UserError, match=rf"{name}: is corrupt"):
         TargetCache(cache)
+    shutil.rmtree(cache)
+    assert torch.equal(TargetCache(build(tmp_path)).targets("c").top_logits, top_k("c")[0].top_logits)
 
 
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:

@@ -140,7 +140,7 @@ def test_a_task_lora_teaches(tiny_model, task_data, tmp_path, build_cache) -> No
 
 def test_fewer_examples_than_shots_is_refused(tiny_model, task_data, tmp_path) -> None:
     cache = cache_settings("top_k", ContextSettings(shots=8), train_examples=6)
-    with pytest.raises(UserError, match="context.shots is 8 but only 5 of 6 training examples"):
+    with pytest.raises(UserError, match=r"context\.shots is 8 but only 5 of 6 training examples"):
         run(tiny_model, task_data, tmp_path, cache=cache)
 
 
@@ -155,16 +155,18 @@ def test_a_teacher_sequence_over_the_limit_is_refused_or_a_counted_skip(
     tiny_model, task_data, tmp_path, problems, renderer
 ) -> None:
     examples = teacher_examples(problems, renderer, CONTEXTS["per_example"], 2048)
-    limit = sorted(map(len, examples.sequences))[-2]
-    longest = max(examples.sequences, key=len)
+    limit = max(map(len, examples.sequences)) - 1
+    over = [sequence.example_id for sequence in examples.sequences if len(sequence) > limit]
     cache = cache_settings("top_k", CONTEXTS["per_example"], max_length=limit)
-    with pytest.raises(UserError, match=f"has {len(longest)} tokens but teacher.max_length is {limit}"):
+    with pytest.raises(
+        UserError, match=f"{over[0]}: the sequence has {limit + 1} tokens but teacher.max_length is {limit}"
+    ):
         run(tiny_model, task_data, tmp_path, cache=cache)
     cache = cache_settings("top_k", CONTEXTS["per_example"], max_length=limit, overlong="skip")
     facts = TargetCache(run(tiny_model, task_data, tmp_path, cache=cache)).facts
-    assert facts.skipped == (longest.example_id,)
+    assert facts.skipped == tuple(over)
     data = student_data(problems, renderer, CONTEXTS["per_example"], 512, untaught=facts.skipped)
-    assert len(data) == len(problems) - 1
+    assert len(data) == len(problems) - len(over)
 
 
 def test_k_above_the_vocabulary_is_refused(tiny_model, task_data, tmp_path) -> None:
@@ -174,7 +176,7 @@ def test_k_above_the_vocabulary_is_refused(tiny_model, task_data, tmp_path) -> N
 
 
 def test_a_cache_of_another_mode_is_refused(student, build_cache) -> None:
-    with pytest.raises(UserError, match="holds mode top_k .* but the loss needs hidden"):
+    with pytest.raises(UserError, match=r"holds mode top_k .* but the loss needs hidden"):
         CachedTeacher(build_cache("top_k", CONTEXTS["fixed"]), student, "hidden", 0)
     with pytest.raises(UserError, match=r"K_max 16\), but the loss needs top_k with K 17"):
         CachedTeacher(build_cache("top_k", CONTEXTS["fixed"]), student, "top_k", 17)

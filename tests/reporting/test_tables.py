@@ -72,10 +72,7 @@ def test_latex_is_a_booktabs_table_with_everything_escaped():
     assert r"\label{tab:accuracy}" in latex
     assert r"\begin{tabular}{lrrrr}" in latex
     assert [latex.count(rule) for rule in (r"\toprule", r"\midrule", r"\bottomrule")] == [1, 1, 1]
-    assert (
-        r"online\_v1 \#1 & 1,319 & 0.42 {[}0.31, 0.53{]} & 42.0 {[}31.0, 53.0{]} & \textless{} 0.001 \\"
-        in latex
-    )
+    assert r"online\_v1 \#1 & 1,319 & 0.42 {[}0.31, 0.53{]} & 42.0 {[}31.0, 53.0{]} & \textless{} 0.001 \\" in latex
     assert r"{[}a|b{]} & 64 & -- & -- & 0.250 \\" in latex, "a row must not begin with a bare bracket"
 
 

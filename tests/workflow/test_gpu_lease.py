@@ -28,9 +28,7 @@ class FakeMachine:
 
     directory: Path
 
-    def start(
-        self, *arguments: str, gpus: str = "GPU-a,GPU-b,GPU-c,GPU-d", umask: int = -1, **variables: str
-    ):
+    def start(self, *arguments: str, gpus: str = "GPU-a,GPU-b,GPU-c,GPU-d", umask: int = -1, **variables: str):
         """Start the lease program with `arguments`; `variables` are added to the environment."""
         environment = {name: value for name, value in os.environ.items() if name not in HIDDEN}
         environment |= {"STILLHOUSE_FAKE_GPUS": gpus, "STILLHOUSE_LOCK_DIR": str(self.directory / "leases")}
@@ -119,9 +117,7 @@ def test_kill_9_of_the_job_releases_its_devices_and_waiters_are_told_its_pid(mac
     status, _, error = machine.run("1", "--timeout", "0.1", "--", "true", gpus="GPU-a")
     assert status == 1
     assert "waiting for 1 GPU: GPU-a held by pid" in error
-    assert f"held by pid {job.pid}" in error, (
-        "exec keeps the process id, so the holder named is the job itself"
-    )
+    assert f"held by pid {job.pid}" in error, "exec keeps the process id, so the holder named is the job itself"
     job.send_signal(signal.SIGKILL)
     job.communicate()
     assert machine.is_free()
@@ -190,9 +186,7 @@ def test_at_most_takes_what_a_smaller_node_has(machine):
     assert machine.run("3", "--at-most", "--", *SHOW, gpus="GPU-a,GPU-b")[:2] == (0, "GPU-a,GPU-b")
 
 
-@pytest.mark.parametrize(
-    "variables", [{"gpus": ""}, {"CUDA_VISIBLE_DEVICES": ""}, {"CUDA_VISIBLE_DEVICES": "-1"}]
-)
+@pytest.mark.parametrize("variables", [{"gpus": ""}, {"CUDA_VISIBLE_DEVICES": ""}, {"CUDA_VISIBLE_DEVICES": "-1"}])
 def test_without_a_gpu_the_job_runs_on_the_cpu_as_it_is(machine, variables):
     command = ["2", "--distributed", "--", "echo", "as it is"]
     assert machine.run(*command, **variables) == (0, "as it is", "")
@@ -363,8 +357,6 @@ def test_a_machine_whose_driver_is_not_loaded_has_no_gpu(machine, nvml, lease_mo
 
 
 def test_any_other_failure_of_nvml_is_told(machine, nvml, lease_module):
-    (machine.directory / "pynvml.py").write_text(
-        FAKE_NVML.format(start='raise NVMLError("version mismatch")')
-    )
+    (machine.directory / "pynvml.py").write_text(FAKE_NVML.format(start='raise NVMLError("version mismatch")'))
     with pytest.raises(lease_module.LeaseError, match="version mismatch"):
         lease_module.find_node()

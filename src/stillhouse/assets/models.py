@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from stillhouse.assets.gemma_tokenizer import gemma_tokenizer
 from stillhouse.runtime.errors import UserError
 from stillhouse.runtime.files import read_json, write_json
 from stillhouse.runtime.logs import logger
@@ -73,14 +74,17 @@ def convert_gguf(file: Path, fixes: Sequence[str], output: Path) -> None:
 
     Raises `UserError` where the file is no GGUF, is cut short, or has an architecture that transformers cannot read.
     """
-    special = _special_token_ids(file)
+    gguf = _open_gguf(file)
+    special = _special_token_ids(gguf)
     logger.info("converting %s to safetensors", file.name)
     location = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             **location, quantization_config=GgufConfig(gguf_file=file.name, dequantize=True), dtype=torch.float32
         )
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(**location)
+        tokenizer: PreTrainedTokenizerBase = (
+            gemma_tokenizer(gguf) if "gemma_tokenizer" in fixes else AutoTokenizer.from_pretrained(**location)
+        )
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{file.name}: transformers cannot read this GGUF file: {reason}") from error
@@ -100,12 +104,16 @@ def convert_gguf(file: Path, fixes: Sequence[str], output: Path) -> None:
         weights.chmod((output / "config.json").stat().st_mode)
 
 
-def _special_token_ids(file: Path) -> dict[str, int]:
+def _special_token_ids(gguf: GGUFReader) -> dict[str, int]:
     """Ids of the special tokens as the file's own metadata states them: keys bos, eos, pad, unk."""
+    ids = {name: gguf.fields.get(f"tokenizer.ggml.{key}_token_id") for name, key in _SPECIAL_TOKENS.items()}
+    return {name: int(field.contents()) for name, field in ids.items() if field is not None}
+
+
+def _open_gguf(file: Path) -> GGUFReader:
+    """Map the file and read its metadata, which needs each of its parts."""
     try:
-        fields = GGUFReader(file).fields
-        ids = {name: fields.get(f"tokenizer.ggml.{key}_token_id") for name, key in _SPECIAL_TOKENS.items()}
-        return {name: int(field.contents()) for name, field in ids.items() if field is not None}
+        return GGUFReader(file)
     except (ValueError, IndexError, KeyError, OverflowError, MemoryError) as error:
         reason = " ".join(str(error).split())[:120]
         raise UserError(f"{file.name}: is not a whole GGUF file ({reason}): fetch it again") from None

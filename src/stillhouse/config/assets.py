@@ -111,7 +111,7 @@ class ModelEntry(AssetEntry):
 
     format: Literal["gguf", "transformers"] = "transformers"
     fixes: Annotated[
-        tuple[Literal["smollm2_digit_pretokenizer", "tie_embeddings"], ...],
+        tuple[Literal["smollm2_digit_pretokenizer", "tie_embeddings", "gemma_tokenizer"], ...],
         Field(description="Known faults of transformers' GGUF loader to mend."),
     ] = ()
     trust_remote_code: Annotated[bool, Field(description="Keep and run the Python files of the repository.")] = False

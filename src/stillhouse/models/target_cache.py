@@ -153,6 +153,9 @@ def publish_cache(
         if facts.mode == "top_k":
             record.add(teacher_gold_nll_per_token=nll.item() / answer_tokens)
         record.write(staging / "run.json")
+    # A link is the same file: left behind, damage to the cache would come back when the cache is made again.
+    for shard in shards:
+        shard.unlink()
 
 
 class TargetCache:

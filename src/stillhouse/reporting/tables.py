@@ -96,9 +96,7 @@ class Table:
             raise ValueError(f"table {self.name}: two columns share a name")
         for number, row in enumerate(self.rows):
             if len(row) != len(self.columns):
-                raise ValueError(
-                    f"table {self.name}: row {number} has {len(row)} of {len(self.columns)} cells"
-                )
+                raise ValueError(f"table {self.name}: row {number} has {len(row)} of {len(self.columns)} cells")
 
     def to_markdown(self) -> str:
         """The caption, and the table in GitHub's Markdown."""
@@ -151,8 +149,7 @@ class Table:
 
     def _shown(self, missing: str) -> list[list[str]]:
         return [
-            [column.show(cell) or missing for column, cell in zip(self.columns, row, strict=True)]
-            for row in self.rows
+            [column.show(cell) or missing for column, cell in zip(self.columns, row, strict=True)] for row in self.rows
         ]
 
 

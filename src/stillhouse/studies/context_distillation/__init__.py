@@ -1,1 +1,1 @@
-"""Context distillation: can a zero-shot student absorb what examples in the prompt give its teacher?"""
+"""Context distillation: what examples in the prompt give a teacher, absorbed by a zero-shot student."""

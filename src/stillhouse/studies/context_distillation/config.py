@@ -157,7 +157,7 @@ class RunSettings(StrictModel):
                 )
             if self.training.method == "full" and self.cache_mode != "none":
                 raise ValueError(
-                    "teacher.targets online needs training.method lora: a fully fine-tuned base does not stay the teacher"
+                    "teacher.targets online needs training.method lora: a base that learns does not stay the teacher"
                 )
         if self.cache_mode == "top_k" and self.distillation.top_k > self.teacher.cache_top_k:
             raise ValueError(

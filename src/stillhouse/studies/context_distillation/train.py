@@ -9,15 +9,14 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
-from accelerate import PartialState
 from torch import nn
 
 from stillhouse.config.base import StrictModel
 from stillhouse.config.training import TrackingSettings
 from stillhouse.data.prompts import PromptRenderer, prompt_renderer
 from stillhouse.data.records import MathProblem, read_problems
-from stillhouse.models.loading import load_model, load_tokenizer
-from stillhouse.models.lora import add_lora
+from stillhouse.models.loading import load_tokenizer
+from stillhouse.models.lora import load_trainable
 from stillhouse.runtime.commands import run_step
 from stillhouse.runtime.files import verify_manifest, write_manifest
 from stillhouse.runtime.logs import log_to_file, logger
@@ -28,7 +27,7 @@ from stillhouse.studies.context_distillation.data import student_data, teacher_e
 from stillhouse.studies.context_distillation.objective import ContextDistillationObjective
 from stillhouse.studies.context_distillation.teacher import CachedTeacher, OnlineTeacher
 from stillhouse.training.loop import train
-from stillhouse.training.processes import staged_output
+from stillhouse.training.processes import process_state, staged_output
 
 MODULE = "stillhouse.studies.context_distillation.train"
 PATHS = {"model", "data", "cache", "output", "work"}
@@ -55,7 +54,7 @@ def main(step: TrainStep) -> None:
     for path in inputs.values():
         verify_manifest(path)
     work_dir = step.work / fingerprint(MODULE, step, inputs, exclude=PATHS)
-    if PartialState().is_main_process:
+    if process_state().is_main_process:
         log_to_file(work_dir)
     seed = step.seed + step.run.seed_offset
     settings = step.run.training
@@ -63,7 +62,7 @@ def main(step: TrainStep) -> None:
         seed_everything(seed)
         tokenizer = load_tokenizer(step.model, step.trust_remote_code)
         renderer = prompt_renderer(tokenizer, step.run.prompt_format)
-        model = student(step, seed)
+        model = load_trainable(step.model, settings, seed, trust_remote_code=step.trust_remote_code)
         problems = read_problems(step.data / "train.jsonl")[: step.run.train_examples]
         teacher, untaught = teacher_of(step, model, renderer, problems)
         data = student_data(
@@ -91,20 +90,10 @@ def main(step: TrainStep) -> None:
                 tracking=step.tracking,
                 run_name=f"{step.condition}-seed-{step.seed}",
             )
-            if PartialState().is_main_process:
+            if process_state().is_main_process:
                 record.add(training=asdict(result), examples=len(data), skipped=asdict(data.skipped))
                 write_manifest(staging)
                 record.write(staging / "run.json")
-
-
-def student(step: TrainStep, seed: int) -> nn.Module:
-    """The student before its first step: the base with a new LoRA, or the base itself."""
-    settings = step.run.training
-    full = settings.method == "full"
-    base = load_model(
-        step.model, settings.precision, trust_remote_code=step.trust_remote_code, master_weights=full
-    )
-    return base if full else add_lora(base, settings.lora, seed)
 
 
 def teacher_of(
