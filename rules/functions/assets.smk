@@ -1,17 +1,23 @@
 # The catalogue's entries as the settings of the asset rules.
 
 
+def catalogue_entry(what, name, entries):
+    """The entry of that name; one that no source can yield is refused while the DAG is built."""
+    entry = entries[known(what, name, entries)]
+    if entry.objection():
+        raise WorkflowError(f"{what} '{name}': {entry.objection()}")
+    return entry
+
+
 def model_settings(wildcards):
-    name = known("model", wildcards.model, CONFIGURATION.models)
+    entry = catalogue_entry("model", wildcards.model, CONFIGURATION.models)
     return settings(
-        kind="model", name=name, entry=CONFIGURATION.models[name].materialise_settings()
+        kind="model", name=wildcards.model, entry=entry.materialise_settings()
     )
 
 
 def dataset_settings(wildcards):
-    name = known("data set", wildcards.dataset, CONFIGURATION.datasets)
+    entry = catalogue_entry("data set", wildcards.dataset, CONFIGURATION.datasets)
     return settings(
-        kind="dataset",
-        name=name,
-        entry=CONFIGURATION.datasets[name].materialise_settings(),
+        kind="dataset", name=wildcards.dataset, entry=entry.materialise_settings()
     )

@@ -1,4 +1,4 @@
-"""A tiny Llama as a GGUF file with untied embeddings and a byte-level tokenizer, for the conversion's tests."""
+"""Tiny GGUF files for the conversion's tests: a Llama with untied embeddings, and a tokenizer like Gemma's."""
 
 from __future__ import annotations
 
@@ -50,6 +50,22 @@ def make_gguf(path: Path, seed: int = 0) -> Path:
     add("blk.0.ffn_gate.weight", FEED_FORWARD, WIDTH)
     add("blk.0.ffn_up.weight", FEED_FORWARD, WIDTH)
     add("blk.0.ffn_down.weight", WIDTH, FEED_FORWARD)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def make_gemma_tokenizer_gguf(path: Path) -> Path:
+    """Write a GGUF that holds no weights but a scored sentencepiece BPE: `▁cap` from `ca`, `cap`, and a run of spaces."""
+    special = ["<pad>", "<eos>", "<bos>", "<unk>"]
+    learnt = ["ca", "ap", "cap", "▁cap", "▁", "a", "c", "p"]
+    writer = GGUFWriter(path, "gemma3")
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([*special, "▁▁", *learnt])
+    writer.add_token_scores([-1000.0] * 5 + [-float(rank) for rank in range(len(learnt))])
+    writer.add_token_types([TokenType.CONTROL] * 4 + [TokenType.USER_DEFINED] + [TokenType.NORMAL] * len(learnt))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

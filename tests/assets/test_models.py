@@ -9,15 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from gguf import GGUFReader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from stillhouse.assets.gemma_tokenizer import gemma_tokenizer
 from stillhouse.assets.materialise import ModelStep, main
 from stillhouse.assets.models import convert_gguf, copy_transformers_model
 from stillhouse.config.assets import ModelEntry, PathSource
 from stillhouse.config.catalogue import MODELS
 from stillhouse.runtime.errors import UserError
 from stillhouse.runtime.files import sha256_file, verify_manifest
-from tests.assets.gguf_files import make_gguf
+from tests.assets.gguf_files import make_gemma_tokenizer_gguf, make_gguf
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +69,17 @@ def test_the_tie_fix_makes_embedding_and_output_one_matrix_of_the_output_values(
     assert tied.num_parameters() < untied.num_parameters()
     assert torch.equal(tied.get_input_embeddings().weight, untied.get_output_embeddings().weight)
     assert tied.get_input_embeddings().weight is tied.get_output_embeddings().weight
+
+
+def test_gemmas_merges_are_rebuilt_from_the_scores_and_survive_a_reload(tmp_path: Path) -> None:
+    tokenizer = gemma_tokenizer(GGUFReader(make_gemma_tokenizer_gguf(tmp_path / "gemma.gguf")))
+    tokenizer.save_pretrained(tmp_path / "saved")
+    for each in (tokenizer, AutoTokenizer.from_pretrained(tmp_path / "saved")):
+        assert each.tokenize("cap cap") == ["cap", "▁cap"]
+        assert each.tokenize("capap") == ["cap", "ap"]
+        assert each.tokenize("ca  ca") == ["ca", "▁▁", "ca"]
+        assert each("cap").input_ids == [each.bos_token_id, 7]
+        assert each.decode(each("cap  cap").input_ids, skip_special_tokens=True) == "cap  cap"
 
 
 @pytest.mark.parametrize("kept", [0, 3, 2000, -100])

@@ -82,6 +82,18 @@ def study(**settings) -> dict:
             "schedule.warmup_steps (16) must be below steps (16)",
         ),
         (
+            study(evaluation={"steps": [8, 12]}),
+            "'context_distillation.evaluation.steps': step 12 is never saved by baseline: it saves 8, 16",
+        ),
+        (
+            study(task={"train": {"size": 8}}),
+            "'context_distillation.task.train.size': 8 training examples are too few for baseline's 8 shots",
+        ),
+        (
+            study(condition_settings={"online_v1": {"teacher": {"targets": "online", "model": "qwen3_8b"}}}),
+            "teacher.targets online means the student's own base",
+        ),
+        (
             study(condition_settings={"late": {"distillation": {"only_last_steps": 99}}}, conditions=["late"]),
             "distillation.only_last_steps (99) is above training.steps (16)",
         ),

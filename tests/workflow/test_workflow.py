@@ -183,6 +183,12 @@ def test_two_workflows_in_one_directory_are_told_apart(project: Workflow) -> Non
         ),
         (["--config", "context_distillation={defaults: {training: {step: 3}}}"], "did you mean 'steps'?"),
         (["--configfile", "absent.yaml"], "absent.yaml"),
+        (
+            ["--forceall", "--config", "models={tiny: {sources: [{kind: path, path: assets/tinny}]}}"],
+            "model 'tiny': assets/tinny does not exist: correct the path in sources",
+        ),
+        (["resources/models/param2_17b_a2_4b"], "model 'param2_17b_a2_4b': sources.0.revision is not set"),
+        (["resources/models/smollm_135m"], "unknown model 'smollm_135m': did you mean 'smollm2_135m'?"),
     ],
 )
 def test_a_wrong_request_gets_one_clear_line(project: Workflow, arguments: list[str], message: str) -> None:

@@ -6,6 +6,7 @@ Stands between the catalogue (or a user's configuration) and the step program `s
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -95,15 +96,21 @@ class AssetEntry(StrictModel):
             return True
         return source.revision is not None or (source.file is not None and self.sha256 is not None)
 
-    def missing_revision(self) -> tuple[str, int, str] | None:
-        """Where the first revision is missing that the user must give; None where some source can be used."""
-        if any(self.pins_content(source) for source in self.sources):
-            return None
-        return ("sources", 0, "revision")
+    def objection(self) -> str | None:
+        """Why no source can be used, known before anything is fetched; None where one may work."""
+        usable = [source for source in self.sources if self.pins_content(source)]
+        if not usable:
+            return "sources.0.revision is not set: give the commit of the repository that you mean"
+        missing = [
+            source.path for source in usable if isinstance(source, PathSource) and not Path(source.path).exists()
+        ]
+        if len(missing) == len(usable):
+            return f"{', '.join(missing)} does not exist: correct the path in sources"
+        return None
 
     def materialise_settings(self) -> dict[str, Any]:
         """The leaves that the step program reads; the others describe, and changing them makes nothing stale."""
-        return self.model_dump(mode="json", exclude={"note", "vllm", "lora_target_modules"})
+        return self.model_dump(mode="json", exclude={"note", "vllm"})
 
 
 class ModelEntry(AssetEntry):
@@ -116,9 +123,6 @@ class ModelEntry(AssetEntry):
     ] = ()
     trust_remote_code: Annotated[bool, Field(description="Keep and run the Python files of the repository.")] = False
     vllm: Annotated[bool, Field(description="Whether vLLM serves the model.")] = True
-    lora_target_modules: Annotated[
-        tuple[str, ...] | None, Field(description="LoRA targets in this model; null keeps training.lora's.")
-    ] = None
 
     @model_validator(mode="after")
     def format_fits_the_sources(self) -> ModelEntry:

@@ -112,7 +112,6 @@ MODELS: dict[str, ModelEntry] = {
         sources=(HubSource(repo="bharatgenai/Param2-17B-A2.4B-Thinking"),),
         trust_remote_code=True,
         vllm=False,
-        lora_target_modules=("query_key_value", "dense", "gate_proj", "up_proj", "down_proj"),
         note="a mixture of experts whose code comes with its repository; not served by vLLM",
     ),
 }

@@ -200,6 +200,10 @@ class EvaluationSettings(StrictModel):
         tuple[Annotated[int, Field(ge=1)], ...], Field(description="Shots of base_few_shot.")
     ] = (4, 8)
     shots_seed: Annotated[int, Field(description="Draws the one fixed context of base_few_shot.")] = 42
+    steps: Annotated[
+        tuple[Annotated[int, Field(ge=1)], ...] | None,
+        Field(description="Checkpoints to score; null: every saved one."),
+    ] = None
     validation_items: Annotated[int | None, Field(ge=1, description="First N items; null: all.")] = None
     test_items: Annotated[int | None, Field(ge=1, description="First N items; null: all.")] = None
     generated_items: Annotated[
@@ -270,8 +274,24 @@ class ContextDistillationConfig(StrictModel):
                 raise SettingError(("conditions",), f"unknown condition '{name}': {nearest(name, valid, 'conditions')}")
         for model in self.models:
             for condition in self.trained_conditions:
-                self.run_settings(model, condition)
+                self._check_run(condition, self.run_settings(model, condition))
         return self
+
+    def _check_run(self, condition: str, run: RunSettings) -> None:
+        """Refuse checkpoints that the run never saves, and shots that its training set cannot give."""
+        saved = run.training.saved_steps
+        for step in self.evaluation.steps or ():
+            if step not in saved:
+                raise SettingError(
+                    ("evaluation", "steps"),
+                    f"step {step} is never saved by {condition}: it saves {', '.join(map(str, saved))}",
+                )
+        examples = run.train_examples or self.task.train.size
+        shots = max(run.teacher.context.shots if run.cache_mode != "none" else 0, *self.evaluation.few_shot_counts, 0)
+        if examples is not None and examples <= shots:
+            raise SettingError(
+                ("task", "train", "size"), f"{examples} training examples are too few for {condition}'s {shots} shots"
+            )
 
     @property
     def trained_conditions(self) -> tuple[str, ...]:

@@ -148,7 +148,7 @@ def find_subjects(step: EvaluateStep) -> list[Subject]:
     for student in step.students:
         run = read_json(student / "run.json")["settings"]
         checkpoints = {int(path.name.partition("-")[2]): path for path in student.glob("checkpoint-*")}
-        for trained_step in sorted(checkpoints):
+        for trained_step in sorted(checkpoints.keys() & (step.evaluation.steps or checkpoints)):
             subjects.append(Subject(run["condition"], run["seed"], trained_step, 0, checkpoints[trained_step]))
     return subjects
 
