@@ -58,7 +58,7 @@ def make_gguf(path: Path, seed: int = 0) -> Path:
 
 
 def make_gemma_tokenizer_gguf(path: Path) -> Path:
-    """Write a GGUF that holds no weights but a scored sentencepiece BPE: `▁cap` from `ca`, `cap`, and a run of spaces."""
+    """Write a GGUF of no weights and a scored sentencepiece BPE: `▁cap` from `ca`, `cap`, and a run of spaces."""
     special = ["<pad>", "<eos>", "<bos>", "<unk>"]
     learnt = ["ca", "ap", "cap", "▁cap", "▁", "a", "c", "p"]
     writer = GGUFWriter(path, "gemma3")

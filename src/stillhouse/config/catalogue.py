@@ -159,7 +159,7 @@ DATASETS: dict[str, DatasetEntry] = {
         task="multiple_choice",
         reader="commonsense_qa",
         splits={"train": "data/train-*.parquet", "validation": "data/validation-*.parquet"},
-        sources=(HubSource(repo="tau/commonsense_qa", revision="94630fe30dad47192a8546eb75f094926d47e155"),),
+        sources=(HubSource(repo="tau/commonsense_qa"),),
         licence="MIT",
     ),
     "basic_arithmetic_packaged": DatasetEntry(
