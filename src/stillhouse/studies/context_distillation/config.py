@@ -334,35 +334,37 @@ class ContextDistillationConfig(StrictModel):
 
 # The study at a size for two cores: a real model and real data, too few of both for a claim about the method.
 EMBEDDED: Overrides = {
+    "conditions": [*BASE_CONDITIONS, "baseline", "online_v1", "shuffled_answers"],
     "task": {
-        "train": {"source": "test", "size": 136},
-        "validation": {"source": "test", "size": 48},
-        "test": {"source": "test", "size": 96},
+        # 32 to learn from, and the 8 fixed shots.
+        "train": {"source": "test", "size": 40},
+        "validation": {"source": "test", "size": 12},
+        "test": {"source": "test", "size": 24},
     },
     "defaults": {
-        "teacher": {"context": {"sampling": "fixed"}},
+        "teacher": {"context": {"sampling": "fixed"}, "batch_tokens": 1024},
         "training": {
-            "steps": 16,
-            "batch_size": 8,
-            "micro_batch_tokens": 2048,
+            "steps": 8,
+            "batch_size": 4,
+            "micro_batch_tokens": 1024,
+            "learning_rate": 5e-4,
             "schedule": {"warmup_steps": 2},
-            "save_every": 8,
-            "resume_every": 4,
+            "save_every": 4,
+            "resume_every": 2,
         },
     },
     "task_teacher": {
-        "steps": 16,
-        "batch_size": 8,
-        "micro_batch_tokens": 2048,
+        "steps": 8,
+        "batch_size": 4,
+        "micro_batch_tokens": 1024,
         "schedule": {"warmup_steps": 2},
-        "save_every": 16,
-        "resume_every": 4,
+        "save_every": 8,
+        "resume_every": 2,
     },
     "evaluation": {
         "engine": {"max_model_length": 2560},
-        "generation": {"max_new_tokens": 192},
+        "generation": {"max_new_tokens": 160},
         "few_shot_counts": [8],
-        "generated_items": 48,
-        "batch_tokens": 2048,
+        "batch_tokens": 1024,
     },
 }

@@ -190,6 +190,10 @@ class EvaluationJob:
             return []
         return evaluation_shots(self.training_problems, subject.shots, self.step.evaluation.shots_seed)
 
+    def questions_for(self, subject: Subject) -> list[Questions]:
+        """Both splits for a checkpoint; test alone for the base, of which there is nothing to choose."""
+        return [questions for questions in self.questions if subject.checkpoint or questions.split == "test"]
+
     def gold_nll(self, subjects: list[Subject]) -> pd.DataFrame:
         """The gold answers' NLL, one row per subject and item of both splits."""
         settings = self.step.evaluation
@@ -208,7 +212,7 @@ class EvaluationJob:
 
     def _nll_rows(self, model: nn.Module, subject: Subject) -> pd.DataFrame:
         shots, rows = self.shots(subject), []
-        for questions in self.questions:
+        for questions in self.questions_for(subject):
             sequences = [self.renderer.sequence(problem, shots) for problem in questions.problems]
             scores = answer_nll(model, sequences, self.step.evaluation.batch_tokens, share_prefix=bool(shots))
             rows += [
@@ -255,7 +259,7 @@ class EvaluationJob:
 
     def _answer_rows(self, engine: GenerationEngine, subject: Subject, adapter: Path | None) -> pd.DataFrame:
         shots, rows = self.shots(subject), []
-        for questions in self.questions:
+        for questions in self.questions_for(subject):
             problems = questions.problems[: questions.generated]
             prompts = [self.renderer.prompt_ids(problem.question, shots) for problem in problems]
             completions = engine.generate(prompts, self.step.evaluation.generation, adapter, str(subject))
