@@ -273,6 +273,8 @@ class ContextDistillationConfig(StrictModel):
             if name not in valid:
                 raise SettingError(("conditions",), f"unknown condition '{name}': {nearest(name, valid, 'conditions')}")
         for model in self.models:
+            for condition in self.condition_settings:
+                self.run_settings(model, condition)
             for condition in self.trained_conditions:
                 self._check_run(condition, self.run_settings(model, condition))
         return self
