@@ -16,7 +16,7 @@ results: $(VENV)/installed
 	@echo "Done: read results/results.md"
 
 test: $(VENV)/installed-test
-	python -m pytest $(PYTEST_ARGUMENTS)
+	python -m pytest -n 2 $(PYTEST_ARGUMENTS)
 
 check: $(VENV)/installed-test
 	ruff check .

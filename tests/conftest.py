@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-# Before any library reads them: tests never reach a hub, and two torch processes share two cores badly.
+# Before any library reads them: tests never reach a hub, and tiny matrices are slower on more threads than one.
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 REPOSITORY = Path(__file__).resolve().parents[1]

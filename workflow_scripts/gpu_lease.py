@@ -34,7 +34,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # Not $TMPDIR: Snakemake and schedulers set it per job, and then jobs would not see each other's locks.
-SHARED_LOCK_DIRECTORY = "/tmp/stillhouse-gpu-leases"
+SHARED_LOCK_DIRECTORY = "/dev/shm/stillhouse-gpu-leases"
 REMEDY = "set STILLHOUSE_LOCK_DIR to a node-local directory (mode 1777) that all users of this node share"
 # Shells use low descriptors for themselves (`exec 3>log`) and would close a lock that lies there.
 LOWEST_LOCK_DESCRIPTOR = 100

@@ -19,15 +19,8 @@ AFTER_TRAINING = {"context_distillation_evaluate": 1, **FIGURES, **REPORT}
 TRAIN = {"context_distillation_train": 3, **AFTER_TRAINING}
 CACHES = {"context_distillation_teacher_cache": 2}
 
-pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Workflow:
-    """A workflow that has run to its end."""
-    workflow = make_workflow(tmp_path_factory.mktemp("workflow") / "project", tiny_model)
-    workflow.run()
-    return workflow
+# One worker runs them all, on one finished workflow.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("workflow")]
 
 
 @pytest.fixture
@@ -140,6 +133,19 @@ def test_one_figure_asked_for_by_its_path_needs_only_its_own_jobs(tiny_model: Pa
         "context_distillation_train": 3,
         "context_distillation_figure": 1,
     }
+
+
+def test_an_evaluation_that_is_made_again_computes_only_what_is_missing(project: Workflow) -> None:
+    directory = project.directory / "results/context_distillation/tiny/evaluation"
+    before = {name: (directory / name).read_bytes() for name in ("results.json", "items.parquet")}
+    parts = sorted((project.directory / "work/context_distillation/tiny/evaluation").glob("*.parquet"))
+    parts[0].unlink()
+    for name in before:
+        (directory / name).unlink()
+    project.run(str(directory.relative_to(project.directory) / "results.json"))
+    record = json.loads((directory / "run.json").read_text())
+    assert (record["parts_computed"], record["parts_kept"]) == (1, len(parts) - 1)
+    assert {name: (directory / name).read_bytes() for name in before} == before
 
 
 def test_the_dag_can_be_drawn(project: Workflow) -> None:

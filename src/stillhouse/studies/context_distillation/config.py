@@ -302,12 +302,14 @@ class ContextDistillationConfig(StrictModel):
         swept = [point.name for sweep in self.sweeps.values() for point in sweep.points()]
         return tuple(dict.fromkeys([*named, *swept]))
 
+    def model_defaults(self, model: str) -> RunSettings:
+        """The run settings of a model before any condition."""
+        return RunSettings.model_validate(merge(self.defaults.model_dump(), self.model_settings.get(model, {})))
+
     def task_teacher_settings(self, model: str) -> RunSettings:
         """The run that trains the task's LoRA teacher: cross entropy alone, over the same sequences."""
         overrides = {"training": self.task_teacher.model_dump(), "distillation": {"loss": "none"}}
-        return RunSettings.model_validate(
-            merge(self.defaults.model_dump(), self.model_settings.get(model, {}), overrides)
-        )
+        return RunSettings.model_validate(merge(self.model_defaults(model).model_dump(), overrides))
 
     def caches(self, model: str) -> dict[str, CacheSettings]:
         """The teacher caches of a model by name; conditions, sweep points and seeds share them."""
