@@ -19,7 +19,8 @@ PARTS = ("Snakefile", "rules", "src", "workflow_scripts", "config", "profiles", 
 
 TINY_STUDY: dict[str, Any] = {
     "models": ["tiny"],
-    "conditions": ["base_zero_shot", "base_few_shot", "baseline", "online_v1", "kl_t1"],
+    "conditions": ["base_zero_shot", "base_few_shot", "baseline", "online_v1", "kl_t1", "kl_full", "lora_teacher"],
+    "condition_settings": {"kl_full": {"distillation": {"loss": "kl"}, "training": {"method": "full"}}},
     "task": {
         "dataset": "tiny_arithmetic",
         "train": {"source": "all", "size": 12},

@@ -9,15 +9,16 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.workflow import Workflow, make_workflow, write_config
+from support.workflow import TINY_STUDY, Workflow, make_workflow, write_config
 
 STUDY = "src/stillhouse/studies/context_distillation"
 FIGURES = {"context_distillation_figure": 5}
 REPORT = {"context_distillation_report": 1, "results_page": 1}
 AFTER_EVALUATION = {"context_distillation_figure": 4, **REPORT}
 AFTER_TRAINING = {"context_distillation_evaluate": 1, **FIGURES, **REPORT}
-TRAIN = {"context_distillation_train": 3, **AFTER_TRAINING}
-CACHES = {"context_distillation_teacher_cache": 2}
+TRAIN = {"context_distillation_train": 5, **AFTER_TRAINING}
+TASK_TEACHER = {"context_distillation_task_teacher": 1, "context_distillation_teacher_cache": 1}
+CACHES = {"context_distillation_task_teacher": 1, "context_distillation_teacher_cache": 3}
 
 # One worker runs them all, on one finished workflow.
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("workflow")]
@@ -73,9 +74,9 @@ def test_a_comment_in_every_module_reruns_nothing(project: Workflow) -> None:
         (f"{STUDY}/report.py", REPORT),
         ("src/stillhouse/reporting/results_page.py", {"results_page": 1}),
         (f"{STUDY}/evaluate.py", {"context_distillation_evaluate": 1, **AFTER_EVALUATION}),
-        (f"{STUDY}/objective.py", TRAIN),
-        ("src/stillhouse/training/schedules.py", TRAIN),
-        (f"{STUDY}/teacher.py", {**CACHES, **TRAIN, "context_distillation_train": 2}),
+        (f"{STUDY}/objective.py", {**TASK_TEACHER, **TRAIN}),
+        ("src/stillhouse/training/schedules.py", {**TASK_TEACHER, **TRAIN}),
+        (f"{STUDY}/teacher.py", {**CACHES, **TRAIN}),
         ("src/stillhouse/data/splits.py", {"context_distillation_split": 1, **CACHES, **TRAIN}),
     ],
 )
@@ -105,7 +106,7 @@ def test_a_change_of_a_module_reruns_exactly_what_it_reaches(
             {**CACHES, **TRAIN, "context_distillation_train": 3},
         ),
         (
-            {"conditions": ["base_zero_shot", "base_few_shot", "baseline", "online_v1", "kl_t1", "random_k"]},
+            {"conditions": [*TINY_STUDY["conditions"], "random_k"]},
             {"context_distillation_train": 1, **AFTER_TRAINING},
         ),
         ({"seeds": [42, 7]}, TRAIN),
@@ -129,8 +130,9 @@ def test_one_figure_asked_for_by_its_path_needs_only_its_own_jobs(tiny_model: Pa
         "model": 1,
         "dataset": 1,
         "context_distillation_split": 1,
-        "context_distillation_teacher_cache": 2,
-        "context_distillation_train": 3,
+        "context_distillation_task_teacher": 1,
+        "context_distillation_teacher_cache": 3,
+        "context_distillation_train": 5,
         "context_distillation_figure": 1,
     }
 
