@@ -78,12 +78,12 @@ def study(**settings) -> dict:
             "'context_distillation.sweeps.online_v1+topk-16.distillation.topk': unknown key: did you mean 'top_k'?",
         ),
         (
-            study(defaults={"training": {"schedule": {"warmup_steps": 8}}}),
-            "schedule.warmup_steps (8) must be below steps (8)",
+            study(defaults={"training": {"schedule": {"warmup_steps": 6}}}),
+            "schedule.warmup_steps (6) must be below steps (6)",
         ),
         (
-            study(evaluation={"steps": [8, 6]}),
-            "'context_distillation.evaluation.steps': step 6 is never saved by baseline: it saves 4, 8",
+            study(evaluation={"steps": [6, 5]}),
+            "'context_distillation.evaluation.steps': step 5 is never saved by baseline: it saves 3, 6",
         ),
         (
             study(task={"train": {"size": 8}}),
@@ -95,7 +95,7 @@ def study(**settings) -> dict:
         ),
         (
             study(condition_settings={"late": {"distillation": {"only_last_steps": 99}}}, conditions=["late"]),
-            "distillation.only_last_steps (99) is above training.steps (8)",
+            "distillation.only_last_steps (99) is above training.steps (6)",
         ),
     ],
 )

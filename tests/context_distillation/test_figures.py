@@ -11,20 +11,17 @@ from pydantic import BaseModel
 
 from stillhouse.runtime.commands import parse_settings
 from stillhouse.runtime.errors import UserError
-from stillhouse.studies.context_distillation.figures import (
+from stillhouse.studies.context_distillation.comparisons import (
     GOLD_NLL,
     MARKER,
-    FigureStep,
-    ablation_bars,
     compare,
-    draw_notice,
     estimate,
     find,
     headline,
     load_evaluations,
-    loss,
     trajectory,
 )
+from stillhouse.studies.context_distillation.figures import FigureStep, ablation_bars, draw_notice, loss
 from tests.context_distillation.fake_results import EFFECTS, fake_evaluation, fake_student
 
 FROM_EVALUATIONS = ("summary", "checkpoint_curve", "ablation_curve", "ablation_bars")

@@ -19,6 +19,7 @@ from typing import Any, get_args
 import torch
 
 from stillhouse.config.evaluation import EngineSettings, GenerationSettings
+from stillhouse.evaluation.engines import vllm_cpu_lora
 from stillhouse.evaluation.engines.base import Completion, log_speed
 from stillhouse.evaluation.engines.checks import (
     check_adapter,
@@ -111,6 +112,8 @@ class VllmEngine:
         _set_environment()
         from vllm import LLM
 
+        if adapters and not torch.cuda.is_available():
+            vllm_cpu_lora.install()
         self._tokenizer = load_tokenizer(model_directory, trust_remote_code)
         self._stop_ids = stop_token_ids(model_directory, self._tokenizer)
         self._limit = context_length(model_directory, settings)

@@ -340,35 +340,37 @@ class ContextDistillationConfig(StrictModel):
 EMBEDDED: Overrides = {
     "conditions": [*BASE_CONDITIONS, "baseline", "online_v1", "shuffled_answers"],
     "task": {
-        # 32 to learn from, and the 8 fixed shots.
-        "train": {"source": "test", "size": 40},
-        "validation": {"source": "test", "size": 12},
-        "test": {"source": "test", "size": 24},
+        # 24 to learn from, and the 8 fixed shots.
+        "train": {"source": "test", "size": 32},
+        "validation": {"source": "test", "size": 8},
+        "test": {"source": "test", "size": 20},
     },
     "defaults": {
         "teacher": {"context": {"sampling": "fixed"}, "batch_tokens": 1024},
         "training": {
-            "steps": 8,
+            "steps": 6,
             "batch_size": 4,
             "micro_batch_tokens": 1024,
-            "learning_rate": 5e-4,
-            "schedule": {"warmup_steps": 2},
-            "save_every": 4,
+            "learning_rate": 1e-3,
+            "schedule": {"warmup_steps": 1},
+            "save_every": 3,
             "resume_every": 2,
         },
     },
     "task_teacher": {
-        "steps": 8,
+        "steps": 6,
         "batch_size": 4,
         "micro_batch_tokens": 1024,
-        "schedule": {"warmup_steps": 2},
-        "save_every": 8,
+        "learning_rate": 1e-3,
+        "schedule": {"warmup_steps": 1},
+        "save_every": 6,
         "resume_every": 2,
     },
     "evaluation": {
         "engine": {"max_model_length": 2560},
         "generation": {"max_new_tokens": 160},
         "few_shot_counts": [8],
+        "generated_items": 16,
         "batch_tokens": 1024,
     },
 }

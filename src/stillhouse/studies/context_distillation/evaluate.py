@@ -261,6 +261,8 @@ class EvaluationJob:
         shots, rows = self.shots(subject), []
         for questions in self.questions_for(subject):
             problems = questions.problems[: questions.generated]
+            if not problems:
+                continue
             prompts = [self.renderer.prompt_ids(problem.question, shots) for problem in problems]
             completions = engine.generate(prompts, self.step.evaluation.generation, adapter, str(subject))
             rows += [

@@ -17,7 +17,7 @@ from stillhouse.evaluation.statistics import Estimate
 from stillhouse.reporting.tables import Cell, Column, Table, format_estimate, write_table
 from stillhouse.runtime.commands import run_step
 from stillhouse.runtime.files import atomic_write_text, staged_directory
-from stillhouse.studies.context_distillation.figures import (
+from stillhouse.studies.context_distillation.comparisons import (
     BASELINE,
     FLEXIBLE,
     GOLD_NLL,

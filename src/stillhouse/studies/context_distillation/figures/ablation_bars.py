@@ -12,21 +12,19 @@ from matplotlib.ticker import MaxNLocator
 
 from stillhouse.reporting.style import BLACK, condition_style, error_bars, figure, save_figure
 from stillhouse.runtime.commands import run_step
-from stillhouse.studies.context_distillation.figures import (
+from stillhouse.studies.context_distillation.comparisons import (
     BASELINE,
     DRAWN_MEASURES,
     GOLD_NLL,
     Comparison,
-    FigureStep,
     Measure,
     compare,
-    draw_frame,
-    draw_notice,
     find,
     headline,
     load_evaluations,
     sample_note,
 )
+from stillhouse.studies.context_distillation.figures import FigureStep, draw_frame, draw_notice
 from stillhouse.studies.context_distillation.results import Evaluation
 
 

@@ -12,21 +12,19 @@ from matplotlib.figure import SubFigure
 
 from stillhouse.reporting.style import GREY, figure, save_figure
 from stillhouse.runtime.commands import run_step
-from stillhouse.studies.context_distillation.figures import (
+from stillhouse.studies.context_distillation.comparisons import (
     BASELINE,
     DRAWN_MEASURES,
     GOLD_NLL,
-    FigureStep,
     Measure,
     by_seed,
-    draw_frame,
-    draw_notice,
     find,
     headline,
     load_evaluations,
     sample_note,
     trajectory,
 )
+from stillhouse.studies.context_distillation.figures import FigureStep, draw_frame, draw_notice
 from stillhouse.studies.context_distillation.figures.checkpoint_curve import chosen_by, draw_curve
 from stillhouse.studies.context_distillation.results import Evaluation
 

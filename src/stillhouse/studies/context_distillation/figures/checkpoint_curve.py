@@ -12,18 +12,15 @@ from matplotlib.axes import Axes
 
 from stillhouse.reporting.style import condition_style, figure, save_figure
 from stillhouse.runtime.commands import run_step
-from stillhouse.studies.context_distillation.figures import (
+from stillhouse.studies.context_distillation.comparisons import (
     BASELINE,
     DRAWN_MEASURES,
     GOLD_NLL,
     MARKER,
     METHOD,
-    FigureStep,
     Measure,
     Subject,
     by_seed,
-    draw_frame,
-    draw_notice,
     estimate,
     find,
     headline,
@@ -31,6 +28,7 @@ from stillhouse.studies.context_distillation.figures import (
     sample_note,
     trajectory,
 )
+from stillhouse.studies.context_distillation.figures import FigureStep, draw_frame, draw_notice
 from stillhouse.studies.context_distillation.results import Evaluation
 
 

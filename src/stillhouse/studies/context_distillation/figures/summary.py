@@ -12,22 +12,21 @@ from matplotlib.axes import Axes
 
 from stillhouse.reporting.style import condition_style, error_bars, figure, save_figure
 from stillhouse.runtime.commands import run_step
-from stillhouse.studies.context_distillation.figures import (
+from stillhouse.studies.context_distillation.comparisons import (
     BASELINE,
     DRAWN_MEASURES,
     GOLD_NLL,
     METHOD,
-    FigureStep,
     Measure,
     by_seed,
     compare,
-    draw_frame,
     estimate,
     find,
     headline,
     load_evaluations,
     sample_note,
 )
+from stillhouse.studies.context_distillation.figures import FigureStep, draw_frame
 from stillhouse.studies.context_distillation.results import Evaluation
 
 
