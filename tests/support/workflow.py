@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-PARTS = ("Snakefile", "rules", "src", "workflow_scripts", "config", "profiles", "docs/captions")
+PARTS = ("Snakefile", "rules", "src", "workflow_scripts", "config", "envs", "profiles", "docs/captions")
 
 TINY_STUDY: dict[str, Any] = {
     "models": ["tiny"],
@@ -28,7 +28,7 @@ TINY_STUDY: dict[str, Any] = {
         "test": {"source": "all", "size": 6},
     },
     "defaults": {
-        "teacher": {"context": {"shots": 2}, "cache_top_k": 8},
+        "teacher": {"context": {"shots": 2, "sampling": "per_example"}, "cache_top_k": 8},
         "distillation": {"top_k": 8},
         "training": {
             "steps": 4,

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -95,15 +96,15 @@ def test_a_change_of_a_module_reruns_exactly_what_it_reaches(
             {"evaluation": {"generation": {"max_new_tokens": 9}}},
             {"context_distillation_evaluate": 1, **AFTER_EVALUATION},
         ),
-        ({"defaults": {"training": {"learning_rate": 1e-3}}}, TRAIN),
-        ({"defaults": {"distillation": {"weight": 0.7}}}, TRAIN),
+        ({"defaults": {"training": {"learning_rate": 3e-3}}}, TRAIN),
+        ({"defaults": {"distillation": {"weight": 0.7}}}, {**TRAIN, "context_distillation_train": 4}),
         (
             {"condition_settings": {"kl_t1": {"distillation": {"temperature": 1.5}}}},
             {"context_distillation_train": 1, **AFTER_TRAINING},
         ),
         (
             {"defaults": {"teacher": {"context": {"shots": 3}}}},
-            {**CACHES, **TRAIN, "context_distillation_train": 3},
+            {"context_distillation_teacher_cache": 2, "context_distillation_train": 3, **AFTER_TRAINING},
         ),
         (
             {"conditions": [*TINY_STUDY["conditions"], "random_k"]},
@@ -180,6 +181,13 @@ def test_two_workflows_in_one_directory_are_told_apart(project: Workflow) -> Non
             file.unlink()
     assert done.returncode == 1
     assert "cannot be locked" in done.stderr
+
+
+def test_the_report_is_made_with_a_caption_for_every_figure(project: Workflow) -> None:
+    project.run("--report", "report.zip")
+    with zipfile.ZipFile(project.directory / "report.zip") as archive:
+        text = "".join(archive.read(name).decode(errors="replace") for name in archive.namelist() if "html" in name)
+    assert "negative log-likelihood of the gold answer" in text.lower()
 
 
 @pytest.mark.parametrize(
