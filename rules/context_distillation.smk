@@ -153,7 +153,7 @@ rule context_distillation_figure:
     output:
         png=report(
             "results/figures/context_distillation/{figure}.png",
-            caption="../docs/captions/context_distillation/{figure}.rst",
+            caption="../docs/captions/context_distillation.rst",
             category="Context distillation",
             labels={"figure": "{figure}"},
         ),

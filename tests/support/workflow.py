@@ -58,13 +58,24 @@ class Workflow:
 
     def run(self, *arguments: str, config: str = "tiny.yaml", check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run snakemake here, on the folder's own sources."""
-        environment = {**os.environ, "PYTHONPATH": str(self.directory / "src"), "HF_HUB_OFFLINE": "1"}
-        environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
-        command = [sys.executable, "-m", "snakemake", "--configfile", config, "--cores", "2", *arguments]
+        command, environment = self._command(arguments, config)
         done = subprocess.run(command, cwd=self.directory, env=environment, capture_output=True, text=True)
         if check and done.returncode:
             raise AssertionError(f"{' '.join(command)}\n{done.stdout[-6000:]}\n{done.stderr[-6000:]}")
         return done
+
+    def start(self, *arguments: str, config: str = "tiny.yaml") -> subprocess.Popen[bytes]:
+        """Start snakemake here and return at once; it leads a session of its own, so that it can be killed whole."""
+        command, environment = self._command(arguments, config)
+        quiet = subprocess.DEVNULL
+        return subprocess.Popen(
+            command, cwd=self.directory, env=environment, stdout=quiet, stderr=quiet, start_new_session=True
+        )
+
+    def _command(self, arguments: tuple[str, ...], config: str) -> tuple[list[str], dict[str, str]]:
+        environment = {**os.environ, "PYTHONPATH": str(self.directory / "src"), "HF_HUB_OFFLINE": "1"}
+        environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+        return [sys.executable, "-m", "snakemake", "--configfile", config, "--cores", "2", *arguments], environment
 
     def planned(self, *arguments: str, config: str = "tiny.yaml") -> dict[str, int]:
         """The jobs that a dry run would start, counted by rule, targets left out."""

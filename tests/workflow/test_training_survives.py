@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -40,11 +38,7 @@ def untrained(finished: Workflow, tmp_path: Path) -> Workflow:
 def test_a_workflow_killed_in_the_middle_of_training_ends_with_equal_weights(
     finished: Workflow, untrained: Workflow
 ) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(untrained.directory / "src")}
-    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
-    command = [sys.executable, "-m", "snakemake", "--configfile", "tiny.yaml", "--cores", "2", STUDENT]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen(command, cwd=untrained.directory, env=environment, start_new_session=True, **quiet)
+    process = untrained.start(STUDENT)
     work = untrained.directory / WORK
     deadline = time.monotonic() + 240
     while not list(work.glob("*/state-*")) and time.monotonic() < deadline and process.poll() is None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -170,17 +172,17 @@ def test_the_workflow_never_imports_torch(project: Workflow) -> None:
 
 
 def test_two_workflows_in_one_directory_are_told_apart(project: Workflow) -> None:
-    lock = project.directory / ".snakemake" / "locks"
-    lock.mkdir(exist_ok=True)
-    for kind in ("input", "output"):
-        (lock / f"0.{kind}.lock").write_text(str(project.directory / "results/results.md"))
-    try:
-        done = project.run("--forceall", "results/results.md", check=False)
-    finally:
-        for file in lock.iterdir():
-            file.unlink()
-    assert done.returncode == 1
-    assert "cannot be locked" in done.stderr
+    request = ["results/context_distillation/section.md", "--forcerun", "context_distillation_report"]
+    with project.start(*request) as first:
+        locks = project.directory / ".snakemake" / "locks"
+        while first.poll() is None and not (locks.is_dir() and any(locks.iterdir())):
+            time.sleep(0.01)
+        os.killpg(first.pid, signal.SIGSTOP)  # held where it has the lock, however fast it is
+        second = project.run(*request, check=False)
+        os.killpg(first.pid, signal.SIGCONT)
+        assert first.wait() == 0
+    assert second.returncode == 1
+    assert "Directory cannot be locked" in second.stdout + second.stderr
 
 
 def test_the_report_is_made_with_a_caption_for_every_figure(project: Workflow) -> None:
