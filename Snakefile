@@ -27,6 +27,7 @@ wildcard_constraints:
 
 
 rule all:
+    """Make the report and every figure."""
     default_target: True
     input:
         "results/results.md",
@@ -34,20 +35,24 @@ rule all:
 
 
 rule data:
+    """Fetch the data sets and divide them."""
     input:
         study_targets("data"),
 
 
 rule train:
+    """Train every student, with the caches that they need."""
     input:
         study_targets("students"),
 
 
 rule evaluate:
+    """Score every student."""
     input:
         study_targets("evaluations"),
 
 
 rule figures:
+    """Draw every figure."""
     input:
         study_targets("figures"),
