@@ -368,7 +368,7 @@ EMBEDDED: Overrides = {
     },
     "evaluation": {
         "engine": {"max_model_length": 2560},
-        "generation": {"max_new_tokens": 160},
+        "generation": {"max_new_tokens": 128},
         "few_shot_counts": [8],
         "generated_items": 16,
         "batch_tokens": 1024,
