@@ -10,8 +10,6 @@ last finished one.
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -28,7 +26,7 @@ from stillhouse.models.output_head import OutputHead
 from stillhouse.runtime.errors import UserError
 from stillhouse.runtime.files import (
     atomic_write_bytes,
-    disk_errors,
+    link_or_copy,
     read_json,
     staged_directory,
     verify_manifest,
@@ -131,7 +129,7 @@ def publish_cache(
         examples: dict[str, tuple[int, int, int, int]] = {}
         nll = torch.zeros((), dtype=torch.float64)
         for number, shard in enumerate(shards):
-            _link_or_copy(shard, staging / shard.name)
+            link_or_copy(shard, staging / shard.name)
             with safe_open(shard, framework="pt") as tensors:
                 ids, lengths = json.loads(tensors.metadata()["examples"])
                 if facts.mode == "top_k":
@@ -216,11 +214,3 @@ def _finished(path: Path, ids: Sequence[str]) -> bool:
             return bool(json.loads(tensors.metadata()["examples"])[0] == list(ids))
     except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError):
         return False
-
-
-def _link_or_copy(source: Path, target: Path) -> None:
-    with disk_errors(target):
-        try:
-            os.link(source, target)
-        except OSError:
-            shutil.copyfile(source, target)

@@ -82,6 +82,15 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: is not valid JSON ({error}): delete it and run the same command again") from None
 
 
+def link_or_copy(source: Path, target: Path) -> None:
+    """Make `target` the same file as `source`, or a copy of it where the disk does not allow that."""
+    with disk_errors(target):
+        try:
+            os.link(source, target)
+        except OSError:
+            shutil.copyfile(source, target)
+
+
 @contextmanager
 def staged_directory(final: Path) -> Iterator[Path]:
     """Yield a scratch sibling of `final` that takes its place, whole, when the block ends without an error.

@@ -1,38 +1,25 @@
 """What the lens learns from: one token of each document, with its activation where that was extracted.
 
-Two artefacts hold the examples, both as sharded safetensors that are memory-mapped and never read whole:
-
-    tokens/       manifest.json  <split>-00000.safetensors ...   token_ids [sum of lengths], offsets [documents + 1]
-    activations/  manifest.json  <split>-00000.safetensors ...   the same, and positions [documents],
-                                                                 activations [documents, hidden]
-
-`tokens` writes the first, `activations` the second; the metadata of each shard names its documents. A document gives
-one example. Readers stop at the chosen position: a causal model cannot see what comes after it.
+Two artefacts hold the examples, both in the form of `shards`: `tokens` writes every document's tokens, `activations`
+adds `positions` [documents] and `activations` [documents, hidden]. A document gives one example. Batches stop at the
+chosen position: a causal model cannot see what comes after it.
 """
 
 from __future__ import annotations
 
-import json
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
-from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from stillhouse.runtime.errors import UserError
-from stillhouse.runtime.files import read_json, verify_manifest
+from stillhouse.runtime.records import data_digest
 from stillhouse.runtime.seeds import derived_seed, generator
-
-if TYPE_CHECKING:
-    from stillhouse.studies.consistency_lens.config import PositionSettings
-
-OPEN_SHARDS = 64
+from stillhouse.studies.consistency_lens.config import ActivationSettings, PositionSettings
+from stillhouse.studies.consistency_lens.shards import Shards
 
 
 @dataclass(frozen=True)
@@ -87,73 +74,15 @@ class Examples(Protocol):
     def __getitem__(self, index: int) -> Example: ...
 
 
-class Shards:
-    """Memory-mapped rows of one split, over all of its shards; opening checks every file of the artefact.
+class CachedExamples:
+    """The examples of an activation artefact.
 
-    Raises `UserError` that names a missing or corrupt file, or a split that the artefact does not hold.
+    Raises `UserError` for a corrupt shard, or for activations of another model, layer or position policy.
     """
 
-    def __init__(self, directory: Path, split: str) -> None:
-        self.directory = directory
-        self.manifest = verify_manifest(directory)
-        counts: dict[str, int] = self.manifest.get("splits", {}).get(split, {})
-        if not counts:
-            raise UserError(f"{directory}: holds no split '{split}': make it again")
-        self._paths = [directory / name for name in counts]
-        self._ends = list(accumulate(counts.values()))
-        # Open files are bounded: a corpus may have thousands of shards.
-        self._open = lru_cache(OPEN_SHARDS)(self._open_shard)
-
-    def __len__(self) -> int:
-        return self._ends[-1]
-
-    def row(self, name: str, index: int) -> Tensor:
-        """Row `index` of a tensor with one row a document."""
-        shard, place = self._locate(index)
-        return self._slice(shard, name, place, place + 1)[0]
-
-    def token_ids(self, index: int) -> Tensor:
-        """The document's tokens, [tokens] int64."""
-        shard, place = self._locate(index)
-        start, end = self._slice(shard, "offsets", place, place + 2).tolist()
-        return self._slice(shard, "token_ids", start, end).long()
-
-    def document_id(self, index: int) -> str:
-        """The document's id in the corpus."""
-        shard, place = self._locate(index)
-        return str(self._open(shard)[1][place])
-
-    def lengths(self) -> Tensor:
-        """The number of tokens of every document, [documents]."""
-        ends = [0, *self._ends]
-        shards = range(len(self._paths))
-        return torch.cat([self._slice(i, "offsets", 0, ends[i + 1] - ends[i] + 1).diff() for i in shards])
-
-    def _locate(self, index: int) -> tuple[int, int]:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        shard = bisect_right(self._ends, index)
-        return shard, index - (self._ends[shard - 1] if shard else 0)
-
-    def _open_shard(self, shard: int) -> tuple[Any, list[str]]:
-        tensors = safe_open(self._paths[shard], framework="pt")
-        return tensors, json.loads(tensors.metadata()["documents"])
-
-    def _slice(self, shard: int, name: str, start: int, end: int) -> Tensor:
-        try:
-            rows: Tensor = self._open(shard)[0].get_slice(name)[start:end]
-        except (SafetensorError, OSError) as error:
-            raise UserError(
-                f"{self._paths[shard]}: cannot be read ({error}): delete {self.directory} and run the same command again"
-            ) from error
-        return rows
-
-
-class CachedExamples:
-    """The examples of an activation artefact."""
-
-    def __init__(self, directory: Path, split: str) -> None:
+    def __init__(self, directory: Path, split: str, settings: ActivationSettings, model: Path) -> None:
         self.shards = Shards(directory, split)
+        check_origin(self.shards, settings, model)
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -168,20 +97,22 @@ class CachedExamples:
 
 
 class TokenExamples:
-    """The same examples without activations, from pre-tokenised text: the training step computes them.
+    """The same examples without activations, from a token artefact: the training step computes them.
 
-    Documents that are too short for the position policy are left out, as extraction leaves them out. Raises
-    `UserError` where none is long enough.
+    Documents that are too short for the position policy are left out. Raises `UserError` where none is long enough,
+    for a corrupt shard, or for tokens of another model.
     """
 
-    def __init__(self, directory: Path, split: str, positions: PositionSettings, max_length: int) -> None:
-        self.shards, self.positions, self.max_length = Shards(directory, split), positions, max_length
-        lengths = self.shards.lengths().clamp(max=max_length)
-        self.documents: list[int] = (lengths >= shortest_document(positions)).nonzero()[:, 0].tolist()
+    def __init__(self, directory: Path, split: str, settings: ActivationSettings, model: Path) -> None:
+        self.shards, self.settings = Shards(directory, split), settings
+        check_origin(self.shards, None, model)
+        lengths = self.shards.lengths().clamp(max=settings.max_length)
+        needed = settings.positions.minimum + 2  # the chosen token has a successor
+        self.documents: list[int] = (lengths >= needed).nonzero()[:, 0].tolist()
         if not self.documents:
             raise UserError(
-                f"{directory}: no document of split '{split}' has the {shortest_document(positions)} tokens that "
-                f"positions.minimum ({positions.minimum}) needs (the longest has {int(lengths.max())}): lower "
+                f"{directory}: no document of split '{split}' has the {needed} tokens that positions.minimum "
+                f"({settings.positions.minimum}) needs (the longest has {int(lengths.max())}): lower "
                 "positions.minimum, raise max_length or take longer texts"
             )
 
@@ -190,9 +121,9 @@ class TokenExamples:
 
     def __getitem__(self, index: int) -> Example:
         document = self.documents[index]
-        tokens = self.shards.token_ids(document)[: self.max_length]
+        tokens = self.shards.token_ids(document)[: self.settings.max_length]
         identity = self.shards.document_id(document)
-        return Example(identity, tokens, choose_position(len(tokens), self.positions, identity))
+        return Example(identity, tokens, choose_position(len(tokens), self.settings.positions, identity))
 
 
 class ActivationData:
@@ -253,40 +184,34 @@ def draw_partners(count: int, seed: int) -> list[int]:
     return list(partners.tolist())
 
 
-def shortest_document(positions: PositionSettings) -> int:
-    """The fewest tokens that a document needs for its chosen token to be at `positions.minimum` or later."""
-    return 2 * positions.minimum if positions.policy == "midpoint" and positions.minimum else positions.minimum + 2
-
-
 def choose_position(length: int, positions: PositionSettings, document_id: str) -> int:
     """The index of the chosen token in a document of `length` tokens.
 
-    `midpoint`: length // 2, as published. `random`: uniform from the minimum to the last token that has a
-    successor, by the seed and the document's id, so that it depends on nothing else.
+    `midpoint`: half way between the minimum and the last token, as published. `random`: uniform from the minimum to
+    the last token but one, by the seed and the document's id, so that it depends on nothing else.
     """
     if positions.policy == "midpoint":
-        return length // 2
+        return (positions.minimum + length - 1) // 2
     choices = length - 1 - positions.minimum
     return positions.minimum + derived_seed(positions.seed, "position", document_id) % choices
 
 
-def open_examples(
-    directory: Path, split: str, positions: PositionSettings | None = None, max_length: int | None = None
-) -> Examples:
-    """The examples of an activation artefact, or of a token artefact with the position policy to apply."""
-    if positions is None or max_length is None:
-        return CachedExamples(directory, split)
-    return TokenExamples(directory, split, positions, max_length)
+def origin(model: Path) -> dict[str, str]:
+    """What an artefact's manifest says of the model behind it."""
+    return {"model": model.name, "model_digest": data_digest(model)}
 
 
-def check_origin(directory: Path, expected: dict[str, Any]) -> None:
-    """Refuse activations of another model, layer, position policy or length: `UserError` names what differs."""
-    facts = read_json(directory / "manifest.json").get("facts", {})
+def check_origin(shards: Shards, settings: ActivationSettings | None, model: Path) -> None:
+    """Refuse an artefact of another model; with `settings`, activations of another layer or position policy too."""
+    expected: dict[str, Any] = origin(model)
+    if settings is not None:
+        expected |= settings.model_dump(mode="json", include={"layer", "positions"})
     for name, value in expected.items():
-        if facts.get(name) != value:
+        found = shards.facts.get(name)
+        if name != "model" and found != value:
             raise UserError(
-                f"{directory}: its activations are of {name} {facts.get(name)!r}, this run needs {value!r}: "
-                "give the directory of this run's own activations"
+                f"{shards.directory}: is of {name} {found} (model {shards.facts.get('model')}), but this run explains "
+                f"{name} {value} (model {model.name}): give it its own, or correct the settings"
             )
 
 

@@ -1,0 +1,89 @@
+"""Step program: turn the splits of a corpus into tokens, once per corpus and model.
+
+Stands between the division of the corpus by document and everything that reads text: extraction of activations, and
+training that computes them itself. A run may read less of a document than is kept here, never more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from stillhouse.config.base import StrictModel
+from stillhouse.data.records import Passage, read_passages
+from stillhouse.models.loading import load_tokenizer
+from stillhouse.runtime.commands import run_step
+from stillhouse.runtime.files import verify_manifest
+from stillhouse.runtime.logs import logger
+from stillhouse.runtime.records import RunRecord, fingerprint
+from stillhouse.studies.consistency_lens.config import TokenSettings
+from stillhouse.studies.consistency_lens.data import origin
+from stillhouse.studies.consistency_lens.shards import (
+    ShardContent,
+    ShardPlan,
+    build_shards,
+    plan_shards,
+    publish_shards,
+)
+
+MODULE = "stillhouse.studies.consistency_lens.tokens"
+SPLITS = ("train", "validation", "test")
+
+
+class TokensStep(StrictModel):
+    """The step's command line."""
+
+    model: Path
+    data: Path
+    output: Path
+    work: Path
+    tokens: TokenSettings
+    trust_remote_code: bool = False
+
+
+def main(step: TokensStep) -> None:
+    """Tokenise every split, or go on with what an interrupted attempt left."""
+    inputs = {"model": step.model, "data": step.data}
+    with RunRecord(MODULE, step, inputs) as record:
+        for path in inputs.values():
+            verify_manifest(path)
+        tokenizer = load_tokenizer(step.model, step.trust_remote_code)
+        read = {split: read_passages(step.data / f"{split}.jsonl") for split in SPLITS}
+        passages = without_duplicates(read)
+        documents = {split: len(passages[split]) for split in SPLITS}
+
+        def tokenise(plan: ShardPlan) -> ShardContent:
+            chosen = [passages[plan.split][row] for row in plan.rows]
+            texts = [passage.text for passage in chosen]
+            encoded = tokenizer(texts, truncation=True, max_length=step.tokens.max_length, return_attention_mask=False)
+            token_ids = [torch.tensor(ids, dtype=torch.int32) for ids in encoded["input_ids"]]
+            return ShardContent([passage.id for passage in chosen], token_ids, {})
+
+        plans = plan_shards(documents, step.tokens.shard_documents)
+        work = step.work / fingerprint(MODULE, step, inputs, exclude={*inputs, "output", "work"})
+        build_shards(work, plans, tokenise)
+        record.add(documents=documents, duplicates={split: len(read[split]) - documents[split] for split in SPLITS})
+        publish_shards(step.output, work, plans, origin(step.model), record)
+        logger.info("tokenised %s documents", " + ".join(f"{count} {split}" for split, count in documents.items()))
+
+
+def without_duplicates(passages: Mapping[str, Sequence[Passage]]) -> dict[str, list[Passage]]:
+    """Drop a text that occurred before, the held-out splits first: a lens is never judged on what it has seen.
+
+    Nor is it paired with the same text under another id.
+    """
+    seen: set[str] = set()
+    kept: dict[str, list[Passage]] = {}
+    for split in reversed(SPLITS):
+        kept[split] = []
+        for passage in passages[split]:
+            if passage.text not in seen:
+                kept[split].append(passage)
+            seen.add(passage.text)
+    return kept
+
+
+if __name__ == "__main__":
+    run_step(TokensStep, main)
