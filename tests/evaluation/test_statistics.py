@@ -9,6 +9,7 @@ from scipy import stats
 from stillhouse.evaluation.statistics import (
     bootstrap_mean_interval,
     bootstrap_ratio_interval,
+    holm,
     mcnemar,
     paired_bootstrap,
     paired_bootstrap_ratio,
@@ -147,3 +148,9 @@ def test_seeds_and_tokens_combine_to_a_difference_per_token() -> None:
 def test_impossible_input_is_refused(call, message: str) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_holm_adjusts_as_in_the_textbook() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([]) == []

@@ -204,3 +204,12 @@ def _comparison(difference: float, draws: Floats, confidence: float, items: int)
     side = min((draws <= 0).sum(), (draws >= 0).sum())
     p_value = min(1.0, 2 * float(side + 1) / (len(draws) + 1))
     return PairedComparison(difference, low, high, p_value, items)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down adjustment (1979): the k-th smallest of m counts m - k + 1 times, and never less than before."""
+    order = np.argsort(p_values, kind="stable")
+    factors = np.arange(len(p_values), 0, -1)
+    adjusted = np.empty(len(p_values))
+    adjusted[order] = np.minimum(1.0, np.maximum.accumulate(np.asarray(p_values)[order] * factors))
+    return [float(value) for value in adjusted]
