@@ -14,6 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -128,8 +129,8 @@ def write_manifest(directory: Path, extra: Mapping[str, Any] | None = None) -> d
     return manifest
 
 
-def verify_manifest(directory: Path) -> dict[str, Any]:
-    """Check every file of `directory` against its manifest and return it.
+def verify_manifest(directory: Path, pattern: str = "*") -> dict[str, Any]:
+    """Check the files of `directory` whose names match `pattern` against its manifest and return it.
 
     Raises `UserError` naming the first file that is missing, short or altered.
     """
@@ -140,6 +141,8 @@ def verify_manifest(directory: Path) -> dict[str, Any]:
     if not isinstance(manifest.get("files"), dict):
         raise UserError(f"{directory / MANIFEST}: lists no files: {remedy}")
     for name, expected in manifest["files"].items():
+        if not fnmatch(name, pattern):
+            continue
         path = directory / name
         if not path.is_file():
             raise UserError(f"{path}: is missing: {remedy}")

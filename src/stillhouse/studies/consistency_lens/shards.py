@@ -104,14 +104,14 @@ def publish_shards(
 
 
 class Shards:
-    """Memory-mapped rows of one split, over all of its shards; opening checks every file of the artefact.
+    """Memory-mapped rows of one split, over all of its shards; opening checks the split's files.
 
     Raises `UserError` that names a missing or corrupt file, or a split that the artefact does not hold.
     """
 
     def __init__(self, directory: Path, split: str) -> None:
         self.directory = directory
-        manifest = verify_manifest(directory)
+        manifest = verify_manifest(directory, f"{split}-*")
         self.facts: dict[str, Any] = manifest.get("facts", {})
         splits: dict[str, dict[str, int]] = manifest.get("splits", {})
         if split not in splits:
@@ -162,9 +162,8 @@ class Shards:
             tensors = safe_open(self._paths[shard], framework="pt")
             return tensors, json.loads(tensors.metadata()["documents"])
         except (SafetensorError, OSError) as error:
-            raise UserError(
-                f"{self._paths[shard]}: cannot be read ({error}): delete {self.directory} and run the same command again"
-            ) from error
+            remedy = f"delete {self.directory} and run the same command again"
+            raise UserError(f"{self._paths[shard]}: cannot be read ({error}): {remedy}") from error
 
     def _slice(self, shard: int, name: str, start: int, end: int) -> Tensor:
         rows: Tensor = self._open(shard)[0].get_slice(name)[start:end]

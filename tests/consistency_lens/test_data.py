@@ -1,0 +1,160 @@
+"""Tokens, positions, partners and batches of the lens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from stillhouse.data.records import Passage, read_passages
+from stillhouse.models.loading import load_tokenizer
+from stillhouse.runtime.errors import UserError
+from stillhouse.runtime.files import read_json
+from stillhouse.studies.consistency_lens.config import PositionSettings
+from stillhouse.studies.consistency_lens.data import (
+    ActivationData,
+    CachedExamples,
+    Shards,
+    TokenExamples,
+    choose_position,
+    draw_partners,
+)
+from stillhouse.studies.consistency_lens.tokens import without_duplicates
+from tests.consistency_lens.conftest import Artefacts
+from tests.consistency_lens.corpus import activation_settings, tokenise
+
+
+@pytest.fixture
+def cached(artefacts: Artefacts) -> CachedExamples:
+    return CachedExamples(artefacts.activations, "train", activation_settings(), artefacts.model)
+
+
+def test_shards_hold_each_document_once_as_the_tokenizer_reads_it(artefacts: Artefacts) -> None:
+    tokenizer = load_tokenizer(artefacts.model)
+    for split, count in {"train": 20, "validation": 6, "test": 8}.items():
+        shards = Shards(artefacts.tokens, split)
+        passages = read_passages(artefacts.data / f"{split}.jsonl")
+        assert [shards.document_id(index) for index in range(count)] == [passage.id for passage in passages]
+        for index, passage in enumerate(passages):
+            assert shards.token_ids(index).tolist() == tokenizer(passage.text).input_ids[:64]
+        assert shards.lengths().tolist() == [len(shards.token_ids(index)) for index in range(count)]
+    assert len(list(artefacts.tokens.glob("train-*.safetensors"))) == 4
+
+
+def test_no_document_stands_in_two_splits(artefacts: Artefacts) -> None:
+    ids = {s: {Shards(artefacts.tokens, s).document_id(i) for i in range(6)} for s in ("train", "validation", "test")}
+    assert not ids["train"] & ids["test"] and not ids["train"] & ids["validation"]
+
+
+def test_a_repeated_text_stays_in_the_held_out_split_alone() -> None:
+    passages = {
+        "train": [Passage("a", "same"), Passage("b", "own"), Passage("c", "own")],
+        "validation": [Passage("d", "same"), Passage("e", "other")],
+        "test": [Passage("f", "same")],
+    }
+    kept = without_duplicates(passages)
+    assert {split: [p.id for p in own] for split, own in kept.items()} == {
+        "train": ["b"],
+        "validation": ["e"],
+        "test": ["f"],
+    }
+
+
+def test_tokenising_again_gives_the_same_bytes(artefacts: Artefacts, tmp_path: Path) -> None:
+    again = tokenise(artefacts.model, artefacts.data, tmp_path / "tokens")
+    assert read_json(again / "manifest.json") == read_json(artefacts.tokens / "manifest.json")
+
+
+@pytest.mark.parametrize("length", [5, 6, 7, 40])
+def test_the_midpoint_lies_half_way_between_the_minimum_and_the_last_token(length: int) -> None:
+    positions = PositionSettings(policy="midpoint", minimum=3)
+    assert choose_position(length, positions, "any") == (3 + length - 1) // 2
+
+
+def test_random_positions_reach_from_the_minimum_to_the_last_token_but_one() -> None:
+    positions = PositionSettings(policy="random", minimum=3)
+    drawn = [choose_position(8, positions, f"document {number}") for number in range(400)]
+    assert set(drawn) == {3, 4, 5, 6}
+    assert all(drawn.count(value) > 60 for value in set(drawn))
+    assert drawn == [choose_position(8, positions, f"document {number}") for number in range(400)]
+    other = PositionSettings(policy="random", minimum=3, seed=1)
+    assert drawn != [choose_position(8, other, f"document {number}") for number in range(400)]
+
+
+def test_on_the_fly_examples_are_the_cached_ones_without_activations(
+    artefacts: Artefacts, cached: CachedExamples
+) -> None:
+    fresh = TokenExamples(artefacts.tokens, "train", activation_settings(), artefacts.model)
+    assert len(fresh) == len(cached)
+    for index in range(len(cached)):
+        ours, theirs = fresh[index], cached[index]
+        assert (ours.document_id, ours.position) == (theirs.document_id, theirs.position)
+        assert ours.token_ids.tolist() == theirs.token_ids.tolist()
+        assert ours.activation is None and theirs.activation is not None
+
+
+def test_partners_are_other_documents_and_fixed_by_the_seed() -> None:
+    partners = draw_partners(50, seed=3)
+    assert sorted(partners) == list(range(50))
+    assert all(index != partner for index, partner in enumerate(partners))
+    assert partners == draw_partners(50, seed=3) != draw_partners(50, seed=4)
+    with pytest.raises(UserError, match="at least two documents"):
+        draw_partners(1, seed=3)
+
+
+def test_batches_hold_each_document_up_to_its_token(cached: CachedExamples) -> None:
+    data = ActivationData(cached, seed=5)
+    [batch] = data.micro_batches([4, 1, 9], token_budget=10_000)
+    for row, index in enumerate([4, 1, 9]):
+        for example, ids, mask, position, activation in (
+            (
+                cached[index],
+                batch.input_ids[row],
+                batch.attention_mask[row],
+                batch.positions[row],
+                batch.activations[row],  # type: ignore[index]
+            ),
+            (
+                cached[data.partners[index]],
+                batch.other_input_ids[row],
+                batch.other_attention_mask[row],
+                batch.other_positions[row],
+                batch.other_activations[row],  # type: ignore[index]
+            ),
+        ):
+            seen = example.position + 1
+            assert position == example.position and mask.sum() == seen and mask[:seen].all()
+            assert ids[:seen].tolist() == example.token_ids[:seen].tolist()
+            torch.testing.assert_close(activation, example.activation, atol=0, rtol=0)
+    assert batch.tokens == int(batch.attention_mask.sum() + batch.other_attention_mask.sum())
+
+
+def test_micro_batches_keep_the_budget_and_the_order(cached: CachedExamples) -> None:
+    data = ActivationData(cached, seed=5)
+    batches = list(data.micro_batches(range(20), token_budget=160))
+    assert len(batches) > 2
+    sizes = [
+        max(batch.input_ids.shape[1], batch.other_input_ids.shape[1]) * 2 * len(batch.positions) for batch in batches
+    ]
+    assert all(size <= 160 or len(batch.positions) == 1 for size, batch in zip(sizes, batches, strict=True))
+    assert torch.cat([batch.positions for batch in batches]).tolist() == [cached[index].position for index in range(20)]
+    alone = list(data.micro_batches(range(3), token_budget=1))
+    assert [len(batch.positions) for batch in alone] == [1, 1, 1]
+
+
+def test_reading_one_example_touches_its_shard_alone(cached: CachedExamples, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    from stillhouse.studies.consistency_lens import shards
+
+    monkeypatch.setattr(
+        shards, "safe_open", lambda path, framework: opened.append(path.name) or safe_open(path, framework)
+    )
+    assert cached[13].document_id == "train-13"
+    assert opened == ["train-00002.safetensors"]
+
+
+def test_the_mean_over_shards_is_the_mean_over_documents(cached: CachedExamples) -> None:
+    rows = torch.stack([cached[index].activation for index in range(20)])  # type: ignore[misc]
+    torch.testing.assert_close(cached.shards.mean("activations"), rows.double().mean(0))
