@@ -8,7 +8,13 @@ from typing import Any, TypeVar
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from stillhouse.config.training import Precision
 from stillhouse.models.precision import default_device, resolve_precision, torch_dtype
@@ -24,17 +30,22 @@ def load_model(
     attention: str = "sdpa",
     trust_remote_code: bool = False,
     master_weights: bool = False,
+    in_8bit: bool = False,
 ) -> PreTrainedModel:
     """Load a causal language model, in evaluation mode, onto `device` (default: the GPU where there is one).
 
     `master_weights` keeps the weights in fp32 whatever the precision: full fine-tuning needs it, since
-    loading in bf16 and casting back would lose bits. Raises `UserError` for a directory that is missing,
-    incomplete or damaged.
+    loading in bf16 and casting back would lose bits. `in_8bit` quantises linear weights with bitsandbytes, for
+    models that are never trained. Raises `UserError` for a directory that is missing, incomplete or damaged.
     """
     path = Path(path)
     device = torch.device(device) if device is not None else default_device()
     check_weights(path)
     dtype = torch.float32 if master_weights else torch_dtype(resolve_precision(precision, device))
+    # A quantised model is placed while it is loaded, and cannot be moved as others can.
+    placement: dict[str, Any] = (
+        {"quantization_config": BitsAndBytesConfig(load_in_8bit=True), "device_map": {"": device}} if in_8bit else {}
+    )
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             path,
@@ -44,6 +55,7 @@ def load_model(
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
+            **placement,
         )
     except (ValueError, ImportError, OSError, KeyError) as error:
         raise UserError(f"{path}: transformers cannot load this model: {_first_line(error)}") from error
@@ -51,7 +63,7 @@ def load_model(
         # transformers would go on with random weights in their place.
         names = ", ".join(sorted(report["missing_keys"])[:3])
         raise UserError(f"{path}: the weights lack {len(report['missing_keys'])} tensors ({names}): fetch it again")
-    loaded: PreTrainedModel = model.to(device)
+    loaded: PreTrainedModel = model if in_8bit else model.to(device)
     return loaded.eval()
 
 

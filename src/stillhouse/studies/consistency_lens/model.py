@@ -1,21 +1,48 @@
-"""The lens: one language model in three roles, joined by text. (Signatures; the bodies follow.)"""
+"""The lens: one language model in three roles, joined by text.
+
+    document -> original -> activation A -> decoder -> T tokens -> encoder -> reconstruction of A -> original
+
+The original is frozen. Decoder and encoder have modules of their own but share every frozen weight with it in memory;
+a part that is trained gets its own copy. Both projections start as the identity, prompts as the embeddings of
+their texts. A forward pass with a swapped activation runs the last token alone, on the keys and values of the
+document before it, which no swap changes.
+"""
 
 from __future__ import annotations
 
+import copy
+import importlib.util
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self, TypeVar
 
+import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stillhouse.config.training import Precision
-from stillhouse.studies.consistency_lens.config import LensSettings
+from stillhouse.models.activations import blocks, captured, check_layer, residual_stream, swapped
+from stillhouse.models.loading import check_safetensors, frozen, load_model, load_tokenizer
+from stillhouse.runtime.errors import UserError
+from stillhouse.studies.consistency_lens.config import EMBED, TEXT, LensSettings
+from stillhouse.studies.consistency_lens.decoding import KeyValues, extend, for_batch, until
+from stillhouse.studies.consistency_lens.sampling import gumbel_noise, straight_through
+
+Output = TypeVar("Output")
+WEIGHTS = "model.safetensors"
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """token_ids: [batch, T]. embeddings: [batch, T, hidden], what the encoder reads. logits: [batch, T, vocabulary]."""
+    """Text for a batch of activations.
+
+    token_ids: [batch, T]. embeddings: [batch, T, hidden], what the encoder reads, with straight-through gradients.
+    logits: [batch, T, vocabulary], the decoder's distributions over each token, without noise or temperature.
+    """
 
     token_ids: Tensor
     embeddings: Tensor
@@ -24,52 +51,346 @@ class Explanation:
 
 @dataclass(frozen=True)
 class Reading:
-    """Documents up to the token before the chosen one, as the original has read them (keys and values), and that token."""
+    """Documents that the original has read up to the token before the chosen one.
+
+    past: keys and values of what came before. last: input_ids [batch, 1], attention_mask [batch, columns] and
+    position_ids [batch, 1] of the chosen token, aligned to the right.
+    """
+
+    past: KeyValues
+    input_ids: Tensor
+    attention_mask: Tensor
+    position_ids: Tensor
+
+
+class Prompted(nn.Module):
+    """What decoder and encoder have in common: a base, prompt embeddings around one place, a projection.
+
+    prompt: the embeddings [tokens, hidden] of the text before and after the place, in fp32 as trained parts are.
+    """
+
+    def __init__(self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt_text: str, place: str) -> None:
+        super().__init__()
+        before, after = prompt_text.split(place)
+        before_ids: list[int] = tokenizer(before).input_ids
+        after_ids: list[int] = tokenizer(after, add_special_tokens=False).input_ids
+        self.base, self.place = base, len(before_ids)
+        with torch.no_grad():
+            ids = torch.tensor(before_ids + after_ids, dtype=torch.long, device=embedding_matrix(base).device)
+            self.prompt = nn.Parameter(functional.embedding(ids, embedding_matrix(base)).float())
+        self.projection = identity_projection(base.config.get_text_config().hidden_size).to(self.prompt.device)
+        self.checkpointing = False
+
+    @property
+    def before(self) -> Tensor:
+        """The prompt before the place, [tokens, hidden], in the base's type."""
+        return self.prompt[: self.place].to(self.base.dtype)
+
+    @property
+    def after(self) -> Tensor:
+        """The prompt after the place, [tokens, hidden], in the base's type."""
+        return self.prompt[self.place :].to(self.base.dtype)
+
+    def project(self, activations: Tensor) -> Tensor:
+        """The projection, in fp32 also under autocast: bf16 would keep no identity."""
+        with torch.autocast(activations.device.type, enabled=False):
+            projected: Tensor = self.projection(activations.float())
+        return projected
+
+    def recomputed(self, function: Any, *arguments: Any) -> Any:
+        """Call `function`; under gradient checkpointing keep its arguments alone for the backward pass."""
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(function, *arguments, use_reentrant=False)
+        return function(*arguments)
+
+
+class Decoder(Prompted):
+    """Activation to text."""
+
+    def forward(
+        self, activations: Tensor, length: int, temperature: float, noisy: bool, encoder_matrix: Tensor
+    ) -> Explanation:
+        """Explain [batch, hidden] in `length` tokens, each fed back on the keys and values of those before.
+
+        encoder_matrix: the encoder's embedding matrix [vocabulary, hidden], which the text is read through.
+        """
+        batch, matrix = len(activations), embedding_matrix(self.base)
+        embedded = self.project(activations).to(self.base.dtype)
+        past: KeyValues = ()
+        if self.place:  # the same for every activation: read once
+            _, *read = self.recomputed(self._extend, self.before[None])
+            past = for_batch(tuple(read), batch)
+        read_next = torch.cat([embedded[:, None], self.after.expand(batch, -1, -1)], dim=1)
+        ids, embeddings, logits = [], [], []
+        for _ in range(length):
+            step_logits, *grown = self.recomputed(self._extend, read_next, *past)
+            past = tuple(grown)
+            noise = gumbel_noise(step_logits) if noisy else None
+            token, fed = straight_through(step_logits, temperature, matrix, noise)
+            read = fed
+            if encoder_matrix is not matrix:
+                _, read = straight_through(step_logits, temperature, encoder_matrix, noise)
+            read_next = fed[:, None]
+            ids.append(token)
+            embeddings.append(read)
+            logits.append(step_logits)
+        return Explanation(torch.stack(ids, 1), torch.stack(embeddings, 1), torch.stack(logits, 1))
+
+    def _extend(self, embeddings: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
+        logits, grown = extend(self.base, past, inputs_embeds=embeddings)
+        return logits, *grown
+
+
+class Encoder(Prompted):
+    """Text to activation: the hidden state of `layer` at the last token, projected."""
+
+    def __init__(
+        self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt_text: str, place: str, layer: int
+    ) -> None:
+        super().__init__(base, tokenizer, prompt_text, place)
+        self.layer = layer
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """The reconstruction [batch, hidden], in fp32, of text embeddings [batch, T, hidden]."""
+        return self.project(self.recomputed(self._last_hidden, embeddings))
+
+    def _last_hidden(self, embeddings: Tensor) -> Tensor:
+        batch = len(embeddings)
+        read = [self.before.expand(batch, -1, -1), embeddings, self.after.expand(batch, -1, -1)]
+        return residual_stream(self.base, self.layer, inputs_embeds=torch.cat(read, dim=1), use_cache=False)[:, -1]
 
 
 class Lens(nn.Module):
-    """original: the frozen model. Everything else is private to training."""
+    """The three roles. Built by `build`, restored by `load`."""
 
-    original: PreTrainedModel
+    def __init__(
+        self,
+        original: PreTrainedModel,
+        trainable: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: LensSettings,
+    ) -> None:
+        """Take weights that learn from `trainable`, which is `original` unless that one is quantised."""
+        super().__init__()
+        check_layer(original, settings.layer, "lens.layer")
+        last = len(blocks(original))
+        output_layer = last if settings.encoder.output_layer == -1 else settings.encoder.output_layer
+        check_layer(original, output_layer, "lens.encoder.output_layer")
+        self.settings = settings
+        self.original = frozen(original)
+        decoder = role_of(trainable if settings.decoder.base.trained else original)
+        encoder = role_of(trainable if settings.encoder.base.trained else original)
+        self.decoder = Decoder(decoder, tokenizer, settings.decoder.prompt_text, EMBED)
+        self.encoder = Encoder(encoder, tokenizer, settings.encoder.prompt_text, TEXT, output_layer)
+        self.requires_grad_(False)
+        for name in settings.trained:
+            role, _, part = name.partition(".")
+            own_parameters(self.get_submodule(role), part)
+        if settings.compile:
+            for base in (self.original, decoder, encoder):
+                for block in blocks(base):
+                    block.compile(dynamic=True)
 
     @classmethod
     def build(
-        cls, model_dir: Path, settings: LensSettings, precision: Precision, device: object = None, trust_remote_code: bool = False
+        cls,
+        model_dir: Path,
+        settings: LensSettings,
+        precision: Precision,
+        device: torch.device | str | None = None,
+        trust_remote_code: bool = False,
     ) -> Self:
-        """A new lens: identity projections, prompts from their texts. UserError: layer out of range, no bitsandbytes."""
-        raise NotImplementedError
+        """A new lens of the model in `model_dir`; nothing in it is drawn at random.
+
+        Raises `UserError` for a layer that the model does not have, and for 8 bit without bitsandbytes.
+        """
+        if settings.frozen_8bit and importlib.util.find_spec("bitsandbytes") is None:
+            raise UserError(
+                "lens.frozen_8bit: bitsandbytes is not installed: pip install bitsandbytes, or set it to false"
+            )
+        torch.backends.cuda.matmul.allow_tf32 = settings.tf32
+        torch.backends.cudnn.allow_tf32 = settings.tf32
+
+        def load(in_8bit: bool) -> PreTrainedModel:
+            return load_model(model_dir, precision, device, settings.attention, trust_remote_code, in_8bit=in_8bit)
+
+        original = load(settings.frozen_8bit)
+        whole = settings.frozen_8bit and any(name.endswith(".base") for name in settings.trained)
+        return cls(original, load(False) if whole else original, load_tokenizer(model_dir, trust_remote_code), settings)
 
     @classmethod
     def load(
-        cls, model_dir: Path, checkpoint: Path, settings: LensSettings, precision: Precision, device: object = None, trust_remote_code: bool = False
+        cls,
+        model_dir: Path,
+        checkpoint_dir: Path,
+        settings: LensSettings,
+        precision: Precision,
+        device: torch.device | str | None = None,
+        trust_remote_code: bool = False,
     ) -> Self:
-        """The lens of a checkpoint, in evaluation mode; its trained parts in the model's dtype."""
-        raise NotImplementedError
+        """The lens of a checkpoint of the training loop, in evaluation mode, nothing trained.
 
-    def explain(self, activations: Tensor, *, temperature: float = 1.0, gumbel_noise: bool = True, length: int | None = None) -> Explanation:
-        """Straight-through text of [batch, hidden]; noise from torch's global generator; greedy without noise."""
-        raise NotImplementedError
+        Raises `UserError` for a damaged checkpoint, or one of other settings.
+        """
+        lens = cls.build(model_dir, settings, precision, device, trust_remote_code)
+        check_safetensors(checkpoint_dir / WEIGHTS)
+        saved = load_file(checkpoint_dir / WEIGHTS)
+        trained = dict(lens.trained_parameters())
+        shapes = {name: tensor.shape for name, tensor in saved.items()}
+        if shapes != {name: parameter.shape for name, parameter in trained.items()}:
+            raise UserError(f"{checkpoint_dir}: is of a lens that trains other parts, or of another model")
+        with torch.no_grad():
+            for name, parameter in trained.items():
+                parameter.copy_(saved[name])
+        return frozen(lens)
+
+    def part_parameters(self) -> dict[str, dict[str, nn.Parameter]]:
+        """The trained parameters by part (`decoder.projection`), then by name; parts without any are left out."""
+        parts = {
+            name: {f"{role}.{path}": parameter for path, parameter in part_of(self.get_submodule(role), part).items()}
+            for name in self.settings.trained
+            for role, _, part in [name.partition(".")]
+        }
+        return {name: parameters for name, parameters in parts.items() if parameters}
+
+    def trained_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names and parameters of all trained parts."""
+        for parameters in self.part_parameters().values():
+            yield from parameters.items()
+
+    def explain(
+        self, activations: Tensor, *, temperature: float = 1.0, gumbel_noise: bool = True, length: int | None = None
+    ) -> Explanation:
+        """Put activations [batch, hidden] into words.
+
+        Noise comes from torch's global generator; without it every token is the most probable one.
+        """
+        matrix = embedding_matrix(self.encoder.base)
+        explanation: Explanation = self.decoder(
+            activations, length or self.settings.text_length, temperature, gumbel_noise, matrix
+        )
+        return explanation
 
     def reconstruct(self, embeddings: Tensor) -> Tensor:
-        """[batch, T, hidden] -> [batch, hidden] float32."""
-        raise NotImplementedError
+        """Activations [batch, hidden] in fp32 from the embeddings [batch, T, hidden] of a text."""
+        activations: Tensor = self.encoder(embeddings)
+        return activations
 
     def reconstruct_tokens(self, token_ids: Tensor) -> Tensor:
-        """[batch, T] -> [batch, hidden] float32."""
-        raise NotImplementedError
+        """Activations [batch, hidden] in fp32 from a text of token ids [batch, T]."""
+        return self.reconstruct(functional.embedding(token_ids, embedding_matrix(self.encoder.base)))
 
+    @torch.no_grad()
     def activations_of(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
-        """Residual stream after `layer` at `positions` [batch]: [batch, hidden] float32. Right-padded input, no gradient."""
-        raise NotImplementedError
+        """The original's activations [batch, hidden], in fp32, at `positions` [batch] of [batch, tokens]."""
+        ids, mask, places = until(input_ids, attention_mask, positions)
+        hidden = residual_stream(
+            self.original,
+            self.settings.layer,
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=places,
+            use_cache=False,
+        )
+        return hidden[:, -1].float()
 
+    @torch.no_grad()
     def read(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Reading:
-        """Read documents once, for several `next_token_logits`. No gradient."""
-        raise NotImplementedError
+        """Let the original read documents [batch, tokens] up to the token before `positions` [batch]."""
+        ids, mask, places = until(input_ids, attention_mask, positions)
+        past: KeyValues = ()
+        if ids.shape[1] > 1:
+            _, past = extend(self.original, (), mask[:, :-1], places[:, :-1], input_ids=ids[:, :-1])
+        return Reading(past, ids[:, -1:], mask, places[:, -1:])
 
     def next_token_logits(self, reading: Reading, activations: Tensor | None = None) -> Tensor:
-        """Original's logits after the chosen token [batch, vocabulary]; with `activations` swapped in at `layer`."""
-        raise NotImplementedError
+        """The original's logits [batch, vocabulary] after the chosen tokens.
 
-    def original_logits(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, activations: Tensor | None = None) -> Tensor:
+        With `activations` [batch, hidden] these replace the residual stream of the layer there; gradients flow into
+        them.
+        """
+        inputs = (self.original, reading.past, reading.attention_mask, reading.position_ids)
+        if activations is None:
+            with torch.no_grad():
+                return extend(*inputs, input_ids=reading.input_ids)[0].float()
+        columns = torch.zeros(len(activations), dtype=torch.long)
+        with swapped(self.original, self.settings.layer, columns, activations):
+            return extend(*inputs, input_ids=reading.input_ids)[0].float()
+
+    @torch.no_grad()
+    def chosen_activations(self, reading: Reading) -> Tensor:
+        """The activations [batch, hidden], in fp32, of the chosen tokens: those that a swap would replace."""
+        with captured(self.original, self.settings.layer) as found:
+            extend(
+                self.original, reading.past, reading.attention_mask, reading.position_ids, input_ids=reading.input_ids
+            )
+        return found[0][:, -1].float()
+
+    def original_logits(
+        self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, activations: Tensor | None = None
+    ) -> Tensor:
         """`read` and `next_token_logits` in one."""
-        raise NotImplementedError
+        return self.next_token_logits(self.read(input_ids, attention_mask, positions), activations)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode; frozen bases stay in evaluation mode, dropout in them would only blur the targets."""
+        super().train(mode)
+        self.original.eval()
+        for role, settings in ((self.decoder, self.settings.decoder), (self.encoder, self.settings.encoder)):
+            role.base.train(mode and settings.base.trained)
+        return self
+
+    def gradient_checkpointing_enable(self, **_: Any) -> None:
+        """Recompute each pass of decoder and encoder in the backward pass, one decoding step at a time."""
+        self.decoder.checkpointing = self.encoder.checkpointing = True
+
+    def enable_input_require_grads(self) -> None:
+        """Nothing to do: recomputation that is not re-entrant needs no gradient of its inputs."""
+
+
+def identity_projection(hidden: int) -> nn.Linear:
+    """A linear map [hidden] -> [hidden] in fp32 that starts as the identity."""
+    projection = nn.Linear(hidden, hidden)
+    with torch.no_grad():
+        nn.init.eye_(projection.weight)
+        nn.init.zeros_(projection.bias)
+    return projection
+
+
+def embedding_matrix(model: PreTrainedModel) -> Tensor:
+    """The rows that the model reads for its tokens, [vocabulary, hidden]; scaled where the model scales them."""
+    layer: Any = model.get_input_embeddings()
+    scale = getattr(layer, "embed_scale", None)
+    return layer.weight if scale is None else layer.weight * scale.to(layer.weight.dtype)
+
+
+def role_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The same model as modules of their own, with modes and hooks of their own, over the same weights in memory."""
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared)
+
+
+def own_parameters(role: nn.Module, part: str) -> None:
+    """Give a part of a role trained copies of its weights, apart from the frozen ones that others use."""
+    for path, parameter in part_of(role, part).items():
+        owner, _, name = path.rpartition(".")
+        own = nn.Parameter(parameter.detach().clone())
+        setattr(role.get_submodule(owner), name, own)
+
+
+def part_of(role: nn.Module, part: str) -> dict[str, nn.Parameter]:
+    """The parameters of a part of a role by their path in it; empty where the part has none (an empty prompt)."""
+    assert isinstance(role, Prompted)
+    if part == "prompt":
+        return {"prompt": role.prompt} if role.prompt.numel() else {}
+    if part == "projection":
+        return {f"projection.{name}": parameter for name, parameter in role.projection.named_parameters()}
+    layers: dict[str, Any] = {
+        "embeddings": role.base.get_input_embeddings(),
+        "output_head": role.base.get_output_embeddings(),
+    }
+    if part in layers:
+        prefix = next(path for path, module in role.named_modules() if module is layers[part])
+        return {f"{prefix}.{name}": parameter for name, parameter in layers[part].named_parameters()}
+    elsewhere = {parameter for layer in layers.values() for parameter in layer.parameters()}
+    return {f"base.{name}": parameter for name, parameter in role.base.named_parameters() if parameter not in elsewhere}
