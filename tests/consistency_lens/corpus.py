@@ -23,7 +23,7 @@ from stillhouse.studies.consistency_lens.tokens import TokensStep
 
 REPOSITORY = Path(__file__).parents[2]
 SIZES = {"train": 20, "validation": 6, "test": 8}
-WORDS = "Ada Ben Chen has 3 apples books and buys 12 more coins How many does she have ?".split()
+WORDS = ["Ada", "Ben", "has", "3", "apples", "books", "and", "buys", "12", "more", "coins", "How", "many", "?"]
 
 
 def make_corpus(directory: Path, sizes: dict[str, int] = SIZES, longest: int = 30) -> Path:

@@ -11,19 +11,21 @@ import json
 import sys
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
+from accelerate.tracking import TensorBoardTracker, get_available_trackers
+from accelerate.utils import ProjectConfiguration
 from tqdm import tqdm
 
 from stillhouse.config.training import TrackingSettings
 from stillhouse.runtime.errors import UserError
 from stillhouse.runtime.files import atomic_write_text, read_json, write_json
 from stillhouse.runtime.logs import logger
+from stillhouse.training.processes import on_processor
 
 TRACKING_FOLDER, METRICS_FILE, RUN_IDS = "tracking", "metrics.jsonl", "tracker_runs.json"
 SECONDS_BETWEEN_LINES = 30.0
@@ -80,6 +82,37 @@ class Tracking:
         """Flush and end the trackers; accelerate's `end_training` would end the process group as well."""
         for tracker in self.accelerator.trackers:
             tracker.finish()
+
+
+def log_table(
+    settings: TrackingSettings,
+    folder: Path,
+    run_name: str,
+    table_name: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[object]],
+    markdown: str,
+) -> None:
+    """Give every tracker a table, in a run of its own; TensorBoard, below `folder`, shows it as Markdown.
+
+    A tracker that accelerate has no tables for is left out, with a line in the log.
+    """
+    check_trackers(settings)
+    accelerator = Accelerator(
+        cpu=on_processor(),
+        log_with=["tensorboard", *settings.trackers],
+        project_config=ProjectConfiguration(str(folder), logging_dir=str(folder)),
+    )
+    arguments = {name: tracker_arguments(name, new_run_id(name), run_name, folder) for name in settings.trackers}
+    accelerator.init_trackers(settings.project, init_kwargs=arguments)
+    for tracker in accelerator.trackers:
+        if isinstance(tracker, TensorBoardTracker):
+            tracker.writer.add_text(table_name, markdown)
+        elif hasattr(tracker, "log_table"):
+            tracker.log_table(table_name, columns=list(columns), data=[list(row) for row in rows])
+        else:
+            logger.info("%s takes no tables: '%s' is not sent there", tracker.name, table_name)
+        tracker.finish()
 
 
 def new_run_id(name: str) -> str | None:
