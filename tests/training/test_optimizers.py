@@ -8,7 +8,12 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 from stillhouse.runtime.errors import UserError
-from stillhouse.training.optimizers import build_optimizer, parameter_groups, set_learning_rate
+from stillhouse.training.optimizers import (
+    ParameterGroup,
+    build_optimizer,
+    parameter_groups,
+    set_learning_rate,
+)
 from tests.support.tiny_models import tiny_llama_config
 
 
@@ -51,5 +56,19 @@ def test_norms_and_biases_are_not_decayed_and_groups_scale_the_rate(model: Llama
     )
     for group in optimizer.param_groups:
         assert group["weight_decay"] == (0.1 if group["params"][0].ndim == 2 else 0.0)
-    assert set_learning_rate(optimizer, 1e-2) == {"base": 1e-2, "lm_head": 5e-3}
+    assert set_learning_rate(optimizer, 1e-2, step=1) == {"base": 1e-2, "lm_head": 5e-3}
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
+
+
+def test_a_schedule_scales_a_group_and_freezes_it_where_it_has_no_value() -> None:
+    model = nn.ModuleDict({"early": nn.Linear(2, 2), "late": nn.Linear(2, 2)})
+    late = dict(model["late"].named_parameters(prefix="late"))
+    groups = [
+        ParameterGroup("early", dict(model["early"].named_parameters(prefix="early")), 2.0, lambda step: 0.5),
+        ParameterGroup("late", late, 1.0, lambda step: None if step == 1 else 0.1),
+    ]
+    optimizer = build_optimizer(groups, 1.0, 0.0, torch.device("cpu"))
+    assert set_learning_rate(optimizer, 1.0, step=1) == {"early": 1.0, "late": 0.0}
+    assert not any(parameter.requires_grad for parameter in late.values())
+    assert set_learning_rate(optimizer, 1.0, step=2) == {"early": 1.0, "late": 0.1}
+    assert all(parameter.requires_grad for parameter in model.parameters())

@@ -114,8 +114,12 @@ def save_weights(
     model: nn.Module,
     dtype: torch.dtype,
     tokenizer: PreTrainedTokenizerBase | None,
+    parameters: Mapping[str, nn.Parameter],
 ) -> None:
-    """Write `checkpoint-<step>/`: an adapter, a transformers model in `dtype`, or a module's tensors."""
+    """Write `checkpoint-<step>/`: an adapter, a transformers model in `dtype`, or what a module has learnt.
+
+    The last is the trained `parameters`, also those that are frozen at this step, and the buffers of its state.
+    """
     with staged_directory(work_dir / f"checkpoint-{step}") as staging, _full_disk_as_os_error():
         if isinstance(model, PeftModel):
             # "auto" would ask the hub whether the vocabulary was resized; Stillhouse never resizes it.
@@ -129,9 +133,9 @@ def save_weights(
             if tokenizer is not None:
                 tokenizer.save_pretrained(staging)
         else:
-            trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
-            tensors = trained | dict(model.named_buffers())
-            plain = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+            state = model.state_dict()
+            buffers = {name: tensor for name, tensor in model.named_buffers() if name in state}
+            plain = {name: tensor.detach().contiguous() for name, tensor in {**parameters, **buffers}.items()}
             save_file(plain, staging / "model.safetensors")
         write_manifest(staging)
         _flush_to_disk(staging)

@@ -18,7 +18,7 @@ import resource
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -70,6 +70,9 @@ from stillhouse.training.tracking import (
     check_trackers,
 )
 
+# Metrics of a model at a step, on data that it does not learn from.
+Validation = Callable[[nn.Module, int], Mapping[str, float]]
+
 
 @dataclass(frozen=True)
 class TrainingResult:
@@ -100,12 +103,14 @@ def train(
     groups: Sequence[ParameterGroup] | None = None,
     tracking: TrackingSettings | None = None,
     run_name: str = "training",
+    validate: Validation | None = None,
 ) -> TrainingResult:
     """Train the parameters of `model` that require a gradient, from the newest valid state of `work_dir`.
 
     `work_dir` keeps what a killed run needs to continue; `output_dir` gets `checkpoint-<step>/` for each of
     `settings.saved_steps`, `metrics.jsonl` and `tensorboard/` at the end. `tokenizer` goes with full
-    checkpoints; `groups` replaces the groups that `settings.learning_rate_multipliers` describes.
+    checkpoints; `groups` replaces the groups that `settings.learning_rate_multipliers` describes. `validate` gives
+    metrics of the model at each saved step, on the main process; they join that step's row.
 
     Raises `UserError` for what the user can mend (missing tracker, one example that does not fit in memory, a
     loss that is not finite) and `TrainingInterrupted` after SIGTERM.
@@ -128,7 +133,7 @@ def train(
     configuration = {**settings.model_dump(mode="json"), "seed": seed}
     watch = Tracking(accelerator, tracking, work_dir, run_name, configuration, completed)
     try:
-        trainer.run(watch, run_name, tokenizer)
+        trainer.run(watch, run_name, tokenizer, validate)
     finally:
         watch.close()
     if accelerator.is_main_process:
@@ -185,7 +190,13 @@ class Trainer:
                 parameter.data = broadcast(parameter.data)
         return self.progress.step
 
-    def run(self, watch: Tracking, run_name: str, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    def run(
+        self,
+        watch: Tracking,
+        run_name: str,
+        tokenizer: PreTrainedTokenizerBase | None,
+        validate: Validation | None = None,
+    ) -> None:
         """Make the remaining updates; log and save on the way."""
         settings, main = self.settings, self.accelerator.is_main_process
         completed = self.progress.step
@@ -195,12 +206,17 @@ class Trainer:
         with StopRequest() as stop:
             for step in range(completed + 1, settings.steps + 1):
                 row, stopped = self.update(step, stop)
-                if metrics and report and (step % settings.log_every == 0 or step == settings.steps):
+                validated = validate is not None and step in settings.saved_steps
+                if main and validate and validated:
+                    row |= validate(self.model, step)
+                if metrics and report and (step % settings.log_every == 0 or step == settings.steps or validated):
                     metrics.append(row)
                     watch.log(row)
                     report.update(row)
                 if main and step in settings.saved_steps:
-                    save_weights(self.work_dir, step, self.model, torch_dtype(self.precision), tokenizer)
+                    save_weights(
+                        self.work_dir, step, self.model, torch_dtype(self.precision), tokenizer, self.parameters
+                    )
                 if main and (step % settings.resume_every == 0 or step == settings.steps or stopped):
                     save_state(
                         self.work_dir,
@@ -220,18 +236,19 @@ class Trainer:
         """Make one optimiser update; returns its row of metrics, and whether any process wants to stop."""
         started = time.monotonic()
         rate = self.settings.learning_rate * learning_rate_factor(step - 1, self.settings.schedule, self.settings.steps)
-        rates = set_learning_rate(self.optimizer, rate)
+        rates = set_learning_rate(self.optimizer, rate, step)
         own = self._accumulate_within_memory(step) | {"stop": float(stop.received)}
         sums = sum_statistics(own, self.device)
-        sum_gradients(self.parameters.values())
+        learning = [parameter for parameter in self.parameters.values() if parameter.requires_grad]
+        sum_gradients(learning)
         count, tokens = sums.pop("count"), sums.pop("tokens")
         stopped = sums.pop("stop") > 0
         if count == 0:
             raise UserError(f"step {step}: the batch has nothing to learn (no counted unit): check the data")
-        for parameter in self.parameters.values():
+        for parameter in learning:
             assert parameter.grad is not None
             parameter.grad /= count
-        norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.max_gradient_norm).item()
+        norm = nn.utils.clip_grad_norm_(learning, self.settings.max_gradient_norm).item()
         if not math.isfinite(norm):
             raise UserError(
                 f"step {step}: the gradient is not finite (loss {sums['loss'] / count}): lower learning_rate "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,11 +16,16 @@ BASE_GROUP = "base"
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Trained parameters, by name, that share a learning-rate factor."""
+    """Trained parameters, by name, that share a learning-rate factor.
+
+    schedule: a further factor for each update, counted from 1; None where the group is frozen in it: then it gets
+    neither a gradient nor an update, as if it were not there. Without a schedule the factor is 1.
+    """
 
     name: str
     parameters: Mapping[str, nn.Parameter]
     multiplier: float = 1.0
+    schedule: Callable[[int], float | None] | None = None
 
 
 def parameter_groups(model: nn.Module, multipliers: Mapping[str, float]) -> list[ParameterGroup]:
@@ -64,16 +69,23 @@ def build_optimizer(
                         "params": parameters,
                         "name": group.name,
                         "multiplier": group.multiplier,
+                        "schedule": group.schedule,
                         "weight_decay": weight_decay if decayed else 0.0,
                     }
                 )
     return torch.optim.AdamW(optimizer_groups, lr=learning_rate, fused=device.type == "cuda")
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> dict[str, float]:
-    """Set each group's rate to `learning_rate` times its factor; returns the rates by group name."""
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float, step: int) -> dict[str, float]:
+    """Set each group's rate for update `step` to `learning_rate` times its factors; returns the rates by group name.
+
+    Parameters of a group that is frozen in this update do not require a gradient, the others do.
+    """
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate * group["multiplier"]
+        factor = group["schedule"](step) if group["schedule"] else 1.0
+        group["lr"] = learning_rate * group["multiplier"] * (factor or 0.0)
+        for parameter in group["params"]:
+            parameter.requires_grad_(factor is not None)
     return {group["name"]: group["lr"] for group in optimizer.param_groups}
 
 

@@ -190,6 +190,13 @@ class LossSettings(StrictModel):
     entropy: Annotated[float, Field(description="Entropy of the decoder's distributions; below 0 rewards it.")] = 0.0
     mse: Weight = 0.0
 
+    @model_validator(mode="after")
+    def something_is_asked_for(self) -> LossSettings:
+        """Refuse a loss without any term."""
+        if not any((self.reconstruction_kl, self.resample_kl, self.language_model, self.entropy, self.mse)):
+            raise ValueError("every weight is 0: the lens has nothing to learn")
+        return self
+
 
 class LensSchedules(StrictModel):
     """What changes over a run: `1.0, hold 100s, cosine to 0.1 over 0.5e`; s counts updates, e epochs."""
@@ -255,7 +262,6 @@ class RunSettings(StrictModel):
     ] = "float32"
     positions: PositionSettings = PositionSettings()
     max_length: Annotated[int, Field(ge=3, description="Tokens read of a document.")] = 256
-    train_examples: Annotated[int | None, Field(ge=2, description="Use the first N examples; null: all.")] = None
     lens: LensSettings = LensSettings()
     loss: LossSettings = LossSettings()
     schedules: LensSchedules = LensSchedules()
@@ -313,9 +319,10 @@ class EvaluationSettings(StrictModel):
     verbose_samples: Annotated[int, Field(ge=0, description="Examples of the samples page.")] = 20
     top_n: Annotated[int, Field(ge=1, description="Predictions shown of original and reconstruction.")] = 5
     continuation_tokens: Annotated[int, Field(ge=1, description="Length of the continuations shown.")] = 16
-    selection: Annotated[Literal["validation_loss", "last"], Field(description="Which kept checkpoint is scored.")] = (
-        "validation_loss"
-    )
+    selection: Annotated[
+        Literal["validation_kl", "last"],
+        Field(description="Which kept checkpoint is scored: lowest KL on validation, or the last."),
+    ] = "validation_kl"
     activation_directory: Annotated[
         str | None, Field(description="Score these activations instead; of the same model, layer and positions.")
     ] = None

@@ -326,6 +326,12 @@ class Lens(nn.Module):
             )
         return found[0][:, -1].float()
 
+    @torch.no_grad()
+    def text_logits(self, token_ids: Tensor) -> Tensor:
+        """The original's logits [batch, T, vocabulary], in fp32, after each token of a text of ids [batch, T]."""
+        logits: Tensor = self.original(input_ids=token_ids, use_cache=False).logits
+        return logits.float()
+
     def original_logits(
         self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, activations: Tensor | None = None
     ) -> Tensor:
