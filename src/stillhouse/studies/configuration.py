@@ -19,8 +19,10 @@ from stillhouse.config.layering import Layer, nearest, read_layer, validate
 from stillhouse.config.resources import ResourceSettings
 from stillhouse.config.training import TrackingSettings
 from stillhouse.runtime.errors import ConfigurationError
-from stillhouse.studies.consistency_lens import config as consistency_lens
-from stillhouse.studies.context_distillation import config as context_distillation
+from stillhouse.studies.consistency_lens.config import EMBEDDED as CONSISTENCY_LENS
+from stillhouse.studies.consistency_lens.config import ConsistencyLensConfig
+from stillhouse.studies.context_distillation.config import EMBEDDED as CONTEXT_DISTILLATION
+from stillhouse.studies.context_distillation.config import ContextDistillationConfig
 
 STUDIES = ("context_distillation", "consistency_lens")
 
@@ -33,10 +35,8 @@ class Configuration(StrictModel):
     datasets: Annotated[dict[str, DatasetEntry], Field(description="The catalogue's data sets.")] = DATASETS
     tracking: TrackingSettings = TrackingSettings()
     resources: ResourceSettings = ResourceSettings()
-    context_distillation: context_distillation.ContextDistillationConfig = (
-        context_distillation.ContextDistillationConfig()
-    )
-    consistency_lens: consistency_lens.ConsistencyLensConfig = consistency_lens.ConsistencyLensConfig()
+    context_distillation: ContextDistillationConfig = ContextDistillationConfig()
+    consistency_lens: ConsistencyLensConfig = ConsistencyLensConfig()
 
     @model_validator(mode="after")
     def names_are_in_the_catalogue(self) -> Configuration:
@@ -59,7 +59,7 @@ class Configuration(StrictModel):
 def embedded_configuration() -> Configuration:
     """The configuration of `config/config.yaml`: every study at a size for two cores, from packages alone."""
     return Configuration.model_validate(
-        {"context_distillation": context_distillation.EMBEDDED, "consistency_lens": consistency_lens.EMBEDDED}
+        {"context_distillation": CONTEXT_DISTILLATION, "consistency_lens": CONSISTENCY_LENS}
     )
 
 
