@@ -15,6 +15,7 @@ include: "rules/common.smk"
 include: "rules/assets.smk"
 include: "rules/data.smk"
 include: "rules/context_distillation.smk"
+include: "rules/consistency_lens.smk"
 include: "rules/report.smk"
 
 
@@ -25,6 +26,7 @@ wildcard_constraints:
     condition=r"[^/]+",
     seed=r"\d+",
     cache=r"[^/]+",
+    activations=r"[^/]+",
     figure=r"[^/]+",
 
 

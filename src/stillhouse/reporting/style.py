@@ -90,6 +90,10 @@ KNOWN_CONDITIONS = {
     "random_k": ConditionStyle(YELLOW, "*"),
     "question_only_shots": ConditionStyle(PURPLE, "h"),
     "wrong_exemplars": ConditionStyle(ORANGE, "p"),
+    "lens": ConditionStyle(VERMILLION, "D"),
+    "no_resample": ConditionStyle(BLUE, "^"),
+    "mse_only": ConditionStyle(GREEN, "s"),
+    "unfrozen": ConditionStyle(PURPLE, "v"),
 }
 # Markers that no known condition has: a condition of the user's own is never taken for one of ours.
 SPARE_MARKERS = (">", "d", "H", "8", "1", "2", "3", "4")

@@ -90,8 +90,7 @@ def log_table(
     run_name: str,
     table_name: str,
     columns: Sequence[str],
-    rows: Sequence[Sequence[object]],
-    markdown: str,
+    rows: Sequence[Sequence[str]],
 ) -> None:
     """Give every tracker a table, in a run of its own; TensorBoard, below `folder`, shows it as Markdown.
 
@@ -107,12 +106,19 @@ def log_table(
     accelerator.init_trackers(settings.project, init_kwargs=arguments)
     for tracker in accelerator.trackers:
         if isinstance(tracker, TensorBoardTracker):
-            tracker.writer.add_text(table_name, markdown)
+            tracker.writer.add_text(table_name, markdown_table(columns, rows))
         elif hasattr(tracker, "log_table"):
             tracker.log_table(table_name, columns=list(columns), data=[list(row) for row in rows])
         else:
             logger.info("%s takes no tables: '%s' is not sent there", tracker.name, table_name)
         tracker.finish()
+
+
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Rows of text as Markdown, one line each."""
+    cells = [columns, ["---"] * len(columns), *rows]
+    plain = [[cell.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ") for cell in row] for row in cells]
+    return "\n".join(f"| {' | '.join(row)} |" for row in plain)
 
 
 def new_run_id(name: str) -> str | None:

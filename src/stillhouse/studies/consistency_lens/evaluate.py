@@ -49,7 +49,14 @@ from stillhouse.studies.consistency_lens.results import (
     select_checkpoints,
     write_items,
 )
-from stillhouse.studies.consistency_lens.samples import LensSamples, Prediction, Sample, SamplesFile, samples_table
+from stillhouse.studies.consistency_lens.samples import (
+    TABLE_COLUMNS,
+    LensSamples,
+    Prediction,
+    Sample,
+    SamplesFile,
+    table_rows,
+)
 from stillhouse.studies.consistency_lens.scoring import (
     Variant,
     activations_of,
@@ -138,9 +145,7 @@ def main(step: EvaluateStep) -> None:
         atomic_write_text(step.samples, file.model_dump_json(indent=2) + "\n")
         with staged_directory(step.table) as staging:
             name = f"consistency_lens-{step.model_name}-evaluation"
-            table = samples_table(samples)
-            columns = [column.title for column in table.columns]
-            log_table(step.tracking, staging, name, table.name, columns, table.rows, table.to_markdown())
+            log_table(step.tracking, staging, name, "samples", TABLE_COLUMNS, table_rows(samples))
         record.add(lenses=len(subjects), parts_computed=job.computed, parts_kept=job.kept)
         record.write(step.record)
 
@@ -181,6 +186,7 @@ class EvaluationJob:
             text_length=subject.run.lens.text_length,
             train_examples=len(self._cached(subject, "train")),
             activations=subject.activations.name,
+            language_model_positions=subject.run.loss.language_model_positions,
         )
 
     def validation_rows(self, subject: Subject) -> pd.DataFrame:

@@ -124,6 +124,7 @@ class LensFacts(StrictModel):
     text_length: int
     train_examples: int
     activations: str
+    language_model_positions: str
 
 
 class Selection(StrictModel):
@@ -199,7 +200,9 @@ def measure(items: pd.DataFrame) -> list[Measurement]:
     measurements = []
     for keys, lens in items.groupby(SUBJECT_COLUMNS[:-1], sort=True):
         condition, seed, step, split = keys
-        by_variant = {name: group.set_index("item_id") for name, group in lens.groupby("variant", sort=True)}
+        by_variant = {
+            name: group.set_index("item_id").sort_index() for name, group in lens.groupby("variant", sort=True)
+        }
         for variant, group in by_variant.items():
             baselines = {name: by_variant[name].loc[group.index, "kl"] for name in (MEAN, ZERO)}
             written = group[group["text_tokens"].fillna(0) > 0]

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from stillhouse.config.base import StrictModel
-from stillhouse.reporting.tables import Column, Table
 
 TABLE_COLUMNS = (
     "condition",
@@ -66,9 +65,9 @@ class SamplesFile(StrictModel):
     lenses: tuple[LensSamples, ...]
 
 
-def samples_table(lenses: Sequence[LensSamples]) -> Table:
-    """The samples as a table, for trackers."""
-    rows = [
+def table_rows(lenses: Sequence[LensSamples]) -> list[tuple[str, ...]]:
+    """The samples as rows of `TABLE_COLUMNS`, for trackers."""
+    return [
         (
             lens.condition,
             sample.document_id,
@@ -84,7 +83,6 @@ def samples_table(lenses: Sequence[LensSamples]) -> Table:
         for lens in lenses
         for sample in lens.samples
     ]
-    return Table("samples", "What the lens says of single activations.", tuple(map(Column, TABLE_COLUMNS)), tuple(rows))
 
 
 def listed(tokens: Sequence[Prediction]) -> str:
