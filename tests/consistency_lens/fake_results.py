@@ -19,6 +19,7 @@ from stillhouse.studies.consistency_lens.results import (
     ModelResults,
     measure,
     select_checkpoints,
+    typed,
     write_items,
 )
 
@@ -114,23 +115,25 @@ def _rows(
             texts[:] = 7
         has_text = variant not in CONSTANT
         frames.append(
-            pd.DataFrame(
-                {
-                    "condition": condition,
-                    "seed": seed,
-                    "step": step,
-                    "split": split,
-                    "variant": variant,
-                    "item_id": [f"{split}-{index}" for index in range(count)],
-                    "kl": difficulty * (kl + extra) * own.normal(1, 0.1, count).clip(0.5),
-                    "squared_error": deviation * error * own.normal(1, 0.1, count).clip(0.5),
-                    "squared_deviation": deviation,
-                    "top1": own.random(count) < math.exp(-kl),
-                    "text": [f"text {own.integers(999)}" if has_text else None for _ in range(count)],
-                    "text_nll": own.gamma(20, 1.0, count) if has_text else None,
-                    "text_tokens": 7 if has_text else None,
-                    "token_ids": [list(map(int, text)) if has_text else None for text in texts],
-                }
+            typed(
+                pd.DataFrame(
+                    {
+                        "condition": condition,
+                        "seed": seed,
+                        "step": step,
+                        "split": split,
+                        "variant": variant,
+                        "item_id": [f"{split}-{index}" for index in range(count)],
+                        "kl": difficulty * (kl + extra) * own.normal(1, 0.1, count).clip(0.5),
+                        "squared_error": deviation * error * own.normal(1, 0.1, count).clip(0.5),
+                        "squared_deviation": deviation,
+                        "top1": own.random(count) < math.exp(-kl),
+                        "text": [f"text {own.integers(999)}" if has_text else None for _ in range(count)],
+                        "text_nll": own.gamma(20, 1.0, count) if has_text else None,
+                        "text_tokens": 7 if has_text else None,
+                        "token_ids": [list(map(int, text)) if has_text else None for text in texts],
+                    }
+                )
             )
         )
     return pd.concat(frames, ignore_index=True)

@@ -192,7 +192,12 @@ def write_items(items: pd.DataFrame, path: Path) -> None:
     """Write per-item rows with their fixed columns and types."""
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        items[list(ITEM_COLUMNS)].astype(ITEM_COLUMNS).to_parquet(path, index=False)
+        typed(items)[list(ITEM_COLUMNS)].to_parquet(path, index=False)
+
+
+def typed(items: pd.DataFrame) -> pd.DataFrame:
+    """Rows with the types of `ITEM_COLUMNS`, so that a column without values joins others as what it is."""
+    return items.astype({name: kind for name, kind in ITEM_COLUMNS.items() if name in items})
 
 
 def measure(items: pd.DataFrame) -> list[Measurement]:
@@ -205,7 +210,7 @@ def measure(items: pd.DataFrame) -> list[Measurement]:
         }
         for variant, group in by_variant.items():
             baselines = {name: by_variant[name].loc[group.index, "kl"] for name in (MEAN, ZERO)}
-            written = group[group["text_tokens"].fillna(0) > 0]
+            written = group[group["text_tokens"].fillna(0).gt(0)]
             texts = [list(text) for text in group["token_ids"] if text is not None]
             measurements.append(
                 Measurement(

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from stillhouse.runtime.seeds import derived_seed
 from stillhouse.studies.consistency_lens.data import Example, pad_contexts
 from stillhouse.studies.consistency_lens.model import Lens
+from stillhouse.studies.consistency_lens.results import typed
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def score(
             }
             columns = {name: c.cpu().numpy() if isinstance(c, Tensor) else c for name, c in columns.items()}
             texts = None if variant.token_ids is None else variant.token_ids[rows]
-            frames.append(pd.DataFrame(columns | text_columns(lens.original, texts, tokenizer, len(batch))))
+            frames.append(typed(pd.DataFrame(columns | text_columns(lens.original, texts, tokenizer, len(batch)))))
     return pd.concat(frames, ignore_index=True)
 
 

@@ -73,7 +73,15 @@ def draw_estimate(axes: Axes, place: int, variant: str, value: Estimate, lowest:
     style = VARIANT_STYLES[variant]
     if lowest is not None and value.value < lowest:
         axes.plot(lowest, place, marker="<", color=style.colour, clip_on=False)
-        axes.annotate(f" {value.value:.1f}", (lowest, place), va="center", fontsize=7, color=style.colour)
+        axes.annotate(
+            f"{value.value:.1f}",
+            (lowest, place),
+            xytext=(6, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=7,
+            color=style.colour,
+        )
         return
     axes.errorbar(value.value, place, xerr=error_bars([value]), color=style.colour, marker=style.marker)
 

@@ -11,27 +11,26 @@ from stillhouse.runtime.commands import run_step
 from stillhouse.studies.consistency_lens.figures.curves import Curves, CurvesStep, named, read_curves
 
 RATE = "learning_rate"
+SHARED = {"temperature": "Gumbel temperature", "alpha": "alpha (weight of the LM term)"}
+COLUMNS = 3
 
 
 def main(step: CurvesStep) -> None:
     """Draw temperature and alpha with one line a condition, and each condition's learning rates by part."""
     curves = read_curves(step.lenses)
-    rows = 1 + -(-len(curves) // 2)
-    with figure(9, 1.2 + 2.3 * rows) as drawing:
-        grid = drawing.subplots(rows, 2, squeeze=False)
-        for axes, name, label in zip(
-            grid[0], ("temperature", "alpha"), ("Gumbel temperature", "alpha (weight of the LM term)"), strict=True
-        ):
+    rows = -(-(2 + len(curves)) // COLUMNS)
+    with figure(11, 1.2 + 2.4 * rows) as drawing:
+        grid = drawing.subplots(rows, COLUMNS, squeeze=False).ravel()
+        for axes, (name, label) in zip(grid, SHARED.items(), strict=False):
             draw_shared(axes, curves, name)
             axes.set_title(label, fontsize=9)
-        lower = grid[1:].ravel()
-        for axes, one in zip(lower, curves, strict=False):
+        for axes, one in zip(grid[len(SHARED) :], curves, strict=False):
             draw_rates(axes, one)
             axes.set_title(f"Learning rates, {named(one, curves)}", fontsize=9)
-        for axes in lower[len(curves) :]:
-            axes.set_axis_off()
-        for axes in grid.ravel():
+        for axes in grid:
             axes.set_xlabel("Training step (updates)")
+        for axes in grid[len(SHARED) + len(curves) :]:
+            axes.set_axis_off()
         draw_frame(drawing, message(curves), "As logged at each step. A rate of 0: the part is frozen at that step.")
         save_figure(drawing, step.output)
 
@@ -60,21 +59,25 @@ def draw_rates(axes: Axes, curves: Curves) -> None:
         rates.setdefault(tuple(curves.column(part).iloc[:, 0]), []).append(part.removeprefix(f"{RATE}/"))
     steps = curves.column(parts[0]).index
     for place, (values, names) in enumerate(rates.items()):
-        label = ", ".join(names) if len(names) <= 3 else f"{', '.join(names[:2])} and {len(names) - 2} more"
+        label = "\n".join(names)
         axes.plot(
             steps, values, color=PALETTE[place % len(PALETTE)], linestyle=("-", "--", ":")[place % 3], label=label
         )
-    axes.set_ylim(bottom=0)
+    # Room for the legend, which would hide the lines.
+    axes.set_ylim(0, max(map(max, rates)) * (1.1 + 0.12 * len(parts)))
     axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
     if parts != [RATE]:
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=7, loc="upper left")
 
 
 def message(curves: Sequence[Curves]) -> str:
     """Where the schedules end."""
-    ends = [(one, *(one.column(name).iloc[-1, 0] for name in ("temperature", "alpha"))) for one in curves]
-    parts = [f"{named(one, curves)} at temperature {tau:.2g} and alpha {alpha:.2g}" for one, tau, alpha in ends]
-    return f"Training ends with {'; '.join(parts)}"
+    parts = []
+    for one in curves:
+        temperature, alpha = (one.column(name).iloc[-1, 0] for name in SHARED)
+        name = f"{named(one, curves)} " if len(curves) > 1 else ""
+        parts.append(f"{name}at temperature {temperature:.2g} and alpha {alpha:.2g}")
+    return f"Training ends {'; '.join(parts)}"
 
 
 if __name__ == "__main__":

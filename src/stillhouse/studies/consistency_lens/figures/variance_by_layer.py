@@ -40,7 +40,7 @@ def main(step: FigureStep) -> None:
                 axes.set_ylabel(label)
             row[0].set_title(evaluation.results.model, loc="left", fontweight="bold")
         for axes in grid[-1]:
-            axes.set_xlabel("Condition, by layer")
+            axes.set_xlabel("Layer (residual stream after this block)")
         handles, labels = grid[0][0].get_legend_handles_labels()
         drawing.legend(handles, labels, loc="outside right center", fontsize=9)
         chosen = subjects(evaluations)
