@@ -125,8 +125,8 @@ def paired_table(pairs: dict[str, dict[Measure, list[Comparison]]]) -> Table:
     )
     caption = (
         f"Each condition minus {BASELINE} on the same items. Paired 95 % intervals, unadjusted: bootstrap for NLL, "
-        "Bonett and Price for rates. p from the same bootstrap for NLL, from McNemar's exact test for rates (the bootstrap "
-        "where there are several seeds), Holm-adjusted over the conditions of a model and measure."
+        "Bonett and Price for rates. p from the same bootstrap for NLL, from McNemar's exact test for rates (the "
+        "bootstrap where there are several seeds), Holm-adjusted over the conditions of a model and measure."
     )
     return Table("paired", caption, columns, tuple(rows))
 
