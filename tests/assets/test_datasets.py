@@ -141,6 +141,7 @@ SQUAD_RECORD = ("Fish", "Cod swim.", "Who swims?", ("Cod", "cod"))
             Instruction("test-0", "Add.\n\n1 and 2", "3"),
         ),
         ("text", "passages", {"text": " A story. "}, Passage("test-0", "A story.")),
+        ("story", "passages", {"story": "a story. ", "topic": "fish"}, Passage("test-0", "a story.")),
         (
             "lambada",
             "passages",

@@ -200,6 +200,11 @@ def _text(row: Row) -> Row:
     return {"text": row["text"].strip()}
 
 
+def _story(row: Row) -> Row:
+    """SimpleStories (arXiv 2504.09184): a whole story."""
+    return {"text": row["story"].strip()}
+
+
 def _lambada(row: Row) -> Row:
     """LAMBADA (arXiv 1606.06031): a narrative passage with the last word that is to be guessed put back."""
     return {"text": f"{row['query']} {row['answers_text'][0]}"}
@@ -247,6 +252,7 @@ READERS: dict[str, Callable[[Row], Row]] = {
     "ifeval_like": _ifeval_like,
     "alpaca": _alpaca,
     "text": _text,
+    "story": _story,
     "lambada": _lambada,
     "squad": _squad,
     "squad_query": _squad_query,
