@@ -19,7 +19,8 @@ from stillhouse.studies.consistency_lens.comparisons import (
     top1,
     variance_explained,
 )
-from stillhouse.studies.consistency_lens.figures import FigureStep, curves
+from stillhouse.studies.consistency_lens.figures import curves
+from stillhouse.studies.consistency_lens.figures.variants import FigureStep
 from stillhouse.studies.consistency_lens.results import CONTROLS
 from tests.consistency_lens.fake_results import fake_evaluation, fake_lens
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -47,6 +48,40 @@ TINY_STUDY: dict[str, Any] = {
         "few_shot_counts": [2],
         "generated_items": 4,
         "transfer": {"tiny_sums": {"source": "all", "size": 3}},
+    },
+}
+
+# One lens on cached activations, and one of another layer that computes its own.
+TINY_LENS: dict[str, Any] = {
+    "models": ["tiny"],
+    "conditions": ["lens", "on_the_fly"],
+    "condition_settings": {"on_the_fly": {"activations": "on_the_fly", "lens": {"layer": 2}}},
+    "task": {
+        "dataset": "tiny_passages",
+        "train": {"source": "all", "size": 16},
+        "validation": {"source": "all", "size": 6},
+        "test": {"source": "all", "size": 8},
+    },
+    "tokens": {"max_length": 32, "shard_documents": 6},
+    "defaults": {
+        "positions": {"minimum": 3},
+        "max_length": 32,
+        "lens": {"layer": 1, "text_length": 3, "encoder": {"output_layer": 1}},
+        "training": {
+            "steps": 4,
+            "batch_size": 4,
+            "micro_batch_tokens": 512,
+            "precision": "fp32",
+            "save_every": 2,
+            "resume_every": 2,
+        },
+    },
+    "evaluation": {
+        "batch_size": 4,
+        "best_of": [1, 2],
+        "verbose_samples": 2,
+        "top_n": 2,
+        "continuation_tokens": 2,
     },
 }
 
@@ -97,8 +132,13 @@ class Workflow:
         file.write_text(text.replace(old, new, 1))
 
 
-def make_workflow(directory: Path, model: Path, study: dict[str, Any] | None = None) -> Workflow:
-    """Copy the workflow's parts and write `tiny.yaml`, a configuration on a tiny model and made-up arithmetic."""
+def make_workflow(
+    directory: Path,
+    model: Path,
+    study: dict[str, Any] | None = None,
+    studies: tuple[str, ...] = ("context_distillation",),
+) -> Workflow:
+    """Copy the workflow's parts and write `tiny.yaml`, a configuration on a tiny model and made-up data."""
     directory.mkdir(parents=True, exist_ok=True)
     for part in PARTS:
         source, target = REPOSITORY / part, directory / part
@@ -119,14 +159,22 @@ def make_workflow(directory: Path, model: Path, study: dict[str, Any] | None = N
     sums = [{"question": f"What is {n} and {n}?", "final_ans": str(2 * n)} for n in range(5)]
     (directory / "assets" / "sums").mkdir()
     (directory / "assets" / "sums" / "all.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sums))
+    chance = random.Random(0)
+    words = ["Ann", "Ben", "has", "buys", "many", "apples", "coins", "and", "more", "sums", "to", "count"]
+    passages = [{"id": str(n), "text": " ".join(chance.choices(words, k=12 + n % 9))} for n in range(30)]
+    (directory / "assets" / "passages").mkdir()
+    (directory / "assets" / "passages" / "all.jsonl").write_text("".join(json.dumps(row) + "\n" for row in passages))
     shutil.copytree(model, directory / "assets" / "tiny")
-    write_config(directory / "tiny.yaml", study or {})
+    write_config(directory / "tiny.yaml", study or {}, studies)
     return Workflow(directory)
 
 
-def write_config(path: Path, study: dict[str, Any]) -> None:
-    """Write the tiny configuration with overrides of the study's settings."""
+def write_config(path: Path, study: dict[str, Any], studies: tuple[str, ...] = ("context_distillation",)) -> None:
+    """Write the tiny configuration of `studies`, with overrides of the first one's settings."""
+    sections = {"context_distillation": TINY_STUDY, "consistency_lens": TINY_LENS}
+    sections[studies[0]] = merged(sections[studies[0]], study)
     configuration = {
+        "studies": list(studies),
         "models": {
             "tiny": {
                 "format": "transformers",
@@ -147,8 +195,15 @@ def write_config(path: Path, study: dict[str, Any]) -> None:
                 "licence": "none",
                 "sources": [{"kind": "path", "path": "assets/sums"}],
             },
+            "tiny_passages": {
+                "task": "passages",
+                "reader": "text",
+                "splits": {"all": "all.jsonl"},
+                "licence": "none",
+                "sources": [{"kind": "path", "path": "assets/passages"}],
+            },
         },
-        "context_distillation": merged(TINY_STUDY, study),
+        **sections,
     }
     path.write_text(yaml.safe_dump(configuration, sort_keys=False))
 

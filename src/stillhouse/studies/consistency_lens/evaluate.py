@@ -169,13 +169,10 @@ class EvaluationJob:
         self.step, self.settings = step, step.evaluation
         self.tokenizer = load_tokenizer(step.model, step.trust_remote_code)
         self.computed = self.kept = 0
-        # What is shown, chosen or put elsewhere does not change a score; samples have keys of their own.
-        exclude = {"selection", "output_directory", "activation_directory"}
         self._facts = {
             "model": data_digest(step.model),
             "other_activations": data_digest(step.other_activations) if step.other_activations else None,
             "code": code_digests(MODULE),
-            "evaluation": self.settings.model_dump(mode="json", exclude=exclude),
         }
 
     def facts(self, subject: Subject) -> LensFacts:
@@ -193,7 +190,7 @@ class EvaluationJob:
         """Rows of the lens and its two baselines on validation, for every checkpoint."""
         frames = []
         for step in subject.checkpoints:
-            part = self._part(subject, step, "validation")
+            part = self._part(subject, step, "validation", {"batch_size", "batches"})
             if not self._has(part):
                 logger.info("%s, step %d on validation", subject, step)
                 lens, examples = self._lens(subject, step), self._examples(subject, "validation")
@@ -205,7 +202,8 @@ class EvaluationJob:
     def selected(self, subject: Subject, selections: Sequence[Selection]) -> tuple[pd.DataFrame, LensSamples]:
         """Rows of every variant at the chosen checkpoint, and its verbose samples."""
         [step] = [s.step for s in selections if (s.condition, s.seed) == (subject.condition, subject.seed)]
-        part = self._part(subject, step, self.settings.split, "all variants")
+        read = set(EvaluationSettings.model_fields) - {"selection", "activation_directory", "output_directory"}
+        part = self._part(subject, step, self.settings.split, read)
         shown = part.with_suffix(".json")
         if not self._has(part):
             logger.info("%s, step %d on %s with every control", subject, step, self.settings.split)
@@ -340,8 +338,8 @@ class EvaluationJob:
     def _cached(self, subject: Subject, split: str) -> CachedExamples:
         return CachedExamples(subject.activations, split, subject.run.extraction, self.step.model)
 
-    def _part(self, subject: Subject, step: int, *names: str) -> Path:
-        """Where a checkpoint's rows are kept: named by everything that determines them."""
+    def _part(self, subject: Subject, step: int, split: str, read: set[str]) -> Path:
+        """Where a checkpoint's rows are kept: named by what determines them, of the settings those that are `read`."""
         checkpoint = subject.checkpoints[step]
         files = read_json(checkpoint.parent / MANIFEST)["files"]
         weights = {name: file["sha256"] for name, file in files.items() if name.startswith(f"{checkpoint.name}/")}
@@ -350,7 +348,8 @@ class EvaluationJob:
             "weights": weights,
             "run": subject.run.model_dump(mode="json", include={"lens", "training"}),
             "activations": data_digest(subject.activations),
-            "names": names,
+            "split": split,
+            "evaluation": self.settings.model_dump(mode="json", include=read),
         }
         return self.step.work / f"{short_digest(facts, 24)}.parquet"
 

@@ -166,7 +166,9 @@ def order(found: dict[str, Comparison]) -> str:
     one = found["shuffled"]
     if one.lens_is_better:
         return f"The order of the words matters ({difference(one)} when shuffled)."
-    return f"The order of the words does not measurably help ({difference(one)} when shuffled): a bag of words."
+    if found["other_explanation"].lens_is_better:
+        return f"The order of the words does not measurably help ({difference(one)} when shuffled): a bag of words."
+    return f"Shuffling the words makes it no worse ({difference(one)})."
 
 
 def collapse(subject: Subject) -> str:

@@ -17,7 +17,7 @@ from stillhouse.studies.consistency_lens.comparisons import (
     subjects,
     variance_explained,
 )
-from stillhouse.studies.consistency_lens.figures import FigureStep
+from stillhouse.studies.consistency_lens.figures.variants import FigureStep
 from stillhouse.studies.consistency_lens.results import BEST_OF, LENS
 
 MEASURES: dict[str, Callable[[Subject, str], Estimate]] = {

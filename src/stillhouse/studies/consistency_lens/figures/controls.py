@@ -20,7 +20,7 @@ from stillhouse.studies.consistency_lens.comparisons import (
     subjects,
     variance_explained,
 )
-from stillhouse.studies.consistency_lens.figures import VARIANT_STYLES, FigureStep, heading
+from stillhouse.studies.consistency_lens.figures.variants import VARIANT_STYLES, FigureStep, heading
 from stillhouse.studies.consistency_lens.results import CONTROLS, LENS
 
 # A variant far below 0 would flatten all others; it is drawn at the edge, as an arrow.

@@ -18,7 +18,7 @@ from stillhouse.studies.consistency_lens.comparisons import (
     subjects,
     variance_explained,
 )
-from stillhouse.studies.consistency_lens.figures import VARIANT_STYLES, FigureStep
+from stillhouse.studies.consistency_lens.figures.variants import VARIANT_STYLES, FigureStep
 from stillhouse.studies.consistency_lens.results import LENS
 
 DRAWN = (LENS, "original_tokens", "text_regression", "other_explanation")

@@ -1,0 +1,40 @@
+"""What the figures of the evaluations share: their command line, and how each variant is drawn in all of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from stillhouse.config.base import StrictModel
+from stillhouse.reporting.style import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION, ConditionStyle
+from stillhouse.studies.consistency_lens.comparisons import Subject
+from stillhouse.studies.consistency_lens.results import LENS
+
+VARIANT_STYLES = {
+    LENS: ConditionStyle(VERMILLION, "D"),
+    "mean": ConditionStyle(BLACK, "s"),
+    "zero": ConditionStyle(BLACK, "o"),
+    "original_tokens": ConditionStyle(BLUE, "^"),
+    "shuffled": ConditionStyle(PURPLE, "X"),
+    "other_explanation": ConditionStyle(PURPLE, "P"),
+    "hard_coded": ConditionStyle(ORANGE, "h"),
+    "text_continuation": ConditionStyle(SKY, "<"),
+    "text_regression": ConditionStyle(GREEN, "v"),
+    "untrained": ConditionStyle(GREY, "p"),
+}
+
+
+class FigureStep(StrictModel):
+    """The command line of figures of the evaluations; the items lie beside the results."""
+
+    results: Annotated[tuple[Path, ...], Field(min_length=1)]
+    item_scores: tuple[Path, ...] = ()
+    output: Path
+
+
+def heading(subject: Subject) -> str:
+    """A condition with what it explains, above its panels."""
+    facts = subject.facts
+    return f"{subject.evaluation.results.model}, {facts.condition}: layer {facts.layer}, {facts.text_length} tokens"
