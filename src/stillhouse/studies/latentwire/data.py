@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from stillhouse.data.packing import NO_LABEL
+from stillhouse.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from stillhouse.data.records import ReadingQuestion
@@ -62,11 +63,29 @@ def wire_example(record: ReadingQuestion) -> WireExample:
     return WireExample(record.id, record.title, text, record.question, tuple(record.answers))
 
 
-def read_examples(path: Path, limit: int | None = None) -> list[WireExample]:
-    """The first `limit` examples (None: all) of a split; `UserError` for a missing or damaged file."""
+@dataclass(frozen=True)
+class SplitExamples:
+    """The examples of one split, and how many questions were left out because their text is too long."""
+
+    examples: tuple[WireExample, ...]
+    left_out: int
+
+
+def read_examples(path: Path, limit: int | None = None, max_text_bytes: int | None = None) -> SplitExamples:
+    """The first `limit` questions (None: all) of a split whose text has at most `max_text_bytes` (None: any).
+
+    Raises `UserError` for a missing or damaged file, and where nothing is left.
+    """
     from stillhouse.data.records import read_reading_questions
 
-    return [wire_example(record) for record in read_reading_questions(path)[:limit]]
+    examples = [wire_example(record) for record in read_reading_questions(path)]
+    kept = [example for example in examples if max_text_bytes is None or example.text_bytes <= max_text_bytes]
+    if not kept:
+        shortest = min(example.text_bytes for example in examples)
+        raise UserError(
+            f"{path}: no text has at most {max_text_bytes} bytes (the shortest has {shortest}): raise max_text_bytes"
+        )
+    return SplitExamples(tuple(kept[:limit]), len(examples) - len(kept))
 
 
 @dataclass(frozen=True)
