@@ -13,11 +13,13 @@ configfile: "config/config.yaml"
 
 include: "rules/common.smk"
 include: "rules/assets.smk"
+include: "rules/data.smk"
 include: "rules/context_distillation.smk"
 include: "rules/report.smk"
 
 
 wildcard_constraints:
+    study=r"[^/]+",
     model=r"[^/]+",
     dataset=r"[^/]+",
     condition=r"[^/]+",

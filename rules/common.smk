@@ -9,7 +9,7 @@ from stillhouse.config.layering import nearest
 from stillhouse.runtime.code_digests import code_digests
 from stillhouse.runtime.commands import dotted_arguments
 from stillhouse.runtime.errors import ConfigurationError
-from stillhouse.studies.configuration import load_configuration
+from stillhouse.studies.configuration import STUDIES, load_configuration
 
 
 def configuration():

@@ -4,31 +4,6 @@
 include: "functions/context_distillation.smk"
 
 
-rule context_distillation_split:
-    """Divide the data set into train, validation and test by seed."""
-    input:
-        dataset="resources/datasets/{dataset}",
-    output:
-        directory(f"{CONTEXT_RESULTS}/data/{{dataset}}"),
-    log:
-        "logs/context_distillation/split/{dataset}.log",
-    benchmark:
-        "logs/benchmarks/context_distillation/split/{dataset}.jsonl"
-    conda:
-        "../envs/stillhouse.yaml"
-    threads: 1
-    resources:
-        mem_mb=2000,
-        runtime=10,
-    params:
-        inputs=named_inputs,
-        settings=context_split_settings,
-        code=code_digests("stillhouse.data.split"),
-    shell:
-        "python -m stillhouse.data.split {params.inputs:q} output={output:q} "
-        "{params.settings:q} 2>&1 | tee {log:q}"
-
-
 rule context_distillation_task_teacher:
     """Train the LoRA that condition lora_teacher teaches with on the task itself."""
     input:

@@ -40,14 +40,6 @@ CONTEXT_DISTILLATION_TARGETS = {
 }
 
 
-def context_split_settings(wildcards):
-    task = CONTEXT.task
-    return settings(
-        split_seed=task.split_seed,
-        splits={"train": task.train, "validation": task.validation, "test": task.test},
-    )
-
-
 def context_cache_inputs(wildcards):
     """What a teacher cache reads: the teaching model, its task LoRA where asked, the student's tokenizer, the data."""
     caches = CONTEXT.caches(wildcards.model)

@@ -15,8 +15,9 @@ import pytest
 from stillhouse.assets import datasets
 from stillhouse.assets.answers import final_answer
 from stillhouse.assets.materialise import DatasetStep, main
-from stillhouse.config.assets import DatasetEntry, PathSource
-from stillhouse.data.records import read_problems
+from stillhouse.assets.records import Instruction, Passage, ReadingQuestion, VerifiableInstruction
+from stillhouse.config.assets import DatasetEntry, PathSource, Task
+from stillhouse.data.records import read_problems, read_records
 from stillhouse.runtime.errors import UserError
 from stillhouse.runtime.files import verify_manifest
 
@@ -35,8 +36,12 @@ def write_jsonl(path: Path, rows: list[Any]) -> Path:
     return path
 
 
-def step(source: Path, output: Path, reader: str = "gsm8k", **splits: str) -> DatasetStep:
-    entry = DatasetEntry(sources=(PathSource(path=str(source)),), reader=reader, splits=splits or {"test": "*"})
+def step(
+    source: Path, output: Path, reader: str = "gsm8k", task: Task = "math_word_problem", **splits: str
+) -> DatasetStep:
+    entry = DatasetEntry(
+        sources=(PathSource(path=str(source)),), reader=reader, task=task, splits=splits or {"test": "*"}
+    )
     return DatasetStep(kind="dataset", name="mine", entry=entry, output=output)
 
 
@@ -87,6 +92,99 @@ def test_arithmetic_is_answered_with_the_number_alone(tmp_path: Path) -> None:
     row = {"id": "a", "question": "Calculate 5 + 91 =", "choices": {"label": ["A"], "text": ["96"]}, "answerKey": "A"}
     main(step(write_jsonl(tmp_path / "a.jsonl", [row]), tmp_path / "out", reader="basic_arithmetic"))
     assert read_problems(tmp_path / "out/test.jsonl")[0].answer == "#### 96"
+
+
+IFEVAL_ROW = {
+    "key": 7,
+    "prompt": "Name a fish, without commas. ",
+    "response": "A cod",
+    "instruction_id_list": ["punctuation:no_comma", "length_constraints:number_words"],
+}
+SQUAD_RECORD = ("Fish", "Cod swim.", "Who swims?", ("Cod", "cod"))
+
+
+@pytest.mark.parametrize(
+    ("reader", "task", "row", "record"),
+    [
+        (
+            "ifeval_like",
+            "instruction_following",
+            {**IFEVAL_ROW, "kwargs": '[{}, {"relation": "at least", "num_words": 2}]'},
+            VerifiableInstruction(
+                "test-0",
+                "Name a fish, without commas.",
+                "A cod",
+                '[{"id": "punctuation:no_comma", "arguments": {}}, {"id": "length_constraints:number_words", '
+                '"arguments": {"relation": "at least", "num_words": 2}}]',
+            ),
+        ),
+        (
+            "alpaca",
+            "instruction",
+            {"instruction": "Add.", "input": "1 and 2", "output": "3 "},
+            Instruction("test-0", "Add.\n\n1 and 2", "3"),
+        ),
+        ("text", "passages", {"text": " A story. "}, Passage("test-0", "A story.")),
+        (
+            "lambada",
+            "passages",
+            {"query": "I do not care about", "answers_text": ["signs"]},
+            Passage("test-0", "I do not care about signs"),
+        ),
+        (
+            "squad",
+            "reading_comprehension",
+            {"title": "Fish", "context": "Cod swim.", "question": "Who swims?", "answers": {"text": ["Cod", "cod"]}},
+            ReadingQuestion("test-0", *SQUAD_RECORD),
+        ),
+        (
+            "squad_query",
+            "reading_comprehension",
+            {
+                "query": "Title: Fish\nBackground: Cod swim.\nQuestion: Who swims?\nAnswer:",
+                "answers_text": ["Cod", "cod"],
+            },
+            ReadingQuestion("test-0", *SQUAD_RECORD),
+        ),
+        (
+            "hotpot_qa",
+            "reading_comprehension",
+            {
+                "question": "Who swims?",
+                "answer": "cod",
+                "supporting_facts": {"title": ["Cod", "Cod", "Sea"]},
+                "context": {"title": ["Cod", "Sea"], "sentences": [["A fish.", " It swims."], ["Wet."]]},
+            },
+            ReadingQuestion("test-0", "Cod / Sea", "Cod: A fish. It swims.\nSea: Wet.", "Who swims?", ("cod",)),
+        ),
+    ],
+)
+def test_each_task_has_its_schema(tmp_path: Path, reader: str, task: Task, row: dict[str, Any], record: Any) -> None:
+    main(step(write_jsonl(tmp_path / "rows.jsonl", [row]), tmp_path / "out", reader=reader, task=task))
+    assert read_records(tmp_path / "out/test.jsonl", type(record)) == [record]
+
+
+def test_constraints_of_a_table_lose_the_arguments_that_are_null(tmp_path: Path) -> None:
+    kwargs = [{"num_words": None}, {"num_words": 2}]
+    pq.write_table(pa.Table.from_pylist([{**IFEVAL_ROW, "kwargs": kwargs}]), tmp_path / "a.parquet")
+    main(step(tmp_path / "a.parquet", tmp_path / "out", reader="ifeval_like", task="instruction_following"))
+    [problem] = read_problems(tmp_path / "out/test.jsonl")
+    assert [check["arguments"] for check in json.loads(problem.gold)] == [{}, {"num_words": 2}]
+
+
+def test_a_text_file_holds_a_document_per_line(tmp_path: Path) -> None:
+    (tmp_path / "wiki.txt").write_text("First article.\n\nSecond article.\n")
+    main(step(tmp_path / "wiki.txt", tmp_path / "out", reader="text", task="passages"))
+    assert [passage.text for passage in read_records(tmp_path / "out/test.jsonl", Passage)] == [
+        "First article.",
+        "Second article.",
+    ]
+
+
+def test_a_reader_of_another_task_is_refused(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", GSM8K)
+    with pytest.raises(UserError, match=r"a\.jsonl:1: the reader yields .* the task wants id, text: make reader and"):
+        main(step(source, tmp_path / "out", task="passages"))
 
 
 @pytest.mark.parametrize(

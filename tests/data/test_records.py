@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from stillhouse.data.records import MathProblem, read_problems
+from stillhouse.data.records import (
+    MathProblem,
+    Passage,
+    ReadingQuestion,
+    read_passages,
+    read_problems,
+    read_reading_questions,
+    write_records,
+)
 from stillhouse.runtime.errors import UserError
 
 ROW = {"id": "a", "question": "1+1?", "answer": "2\n#### 2"}
@@ -51,3 +59,21 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_an_empty_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"train\.jsonl: holds no examples"):
         read_problems(write(tmp_path / "train.jsonl", ""))
+
+
+def test_passages_and_reading_questions_are_read_as_they_were_written(tmp_path: Path) -> None:
+    passages = [Passage("a", "One story."), Passage("b", "Another\u2028story.")]
+    questions = [
+        ReadingQuestion("a", "Fish", "Cod swim.", "Who?", ("Cod", "cod")),
+        ReadingQuestion("b", "", "", "?", ()),
+    ]
+    write_records(tmp_path / "passages.jsonl", passages)
+    write_records(tmp_path / "questions.jsonl", questions)
+    assert read_passages(tmp_path / "passages.jsonl") == passages
+    assert read_reading_questions(tmp_path / "questions.jsonl") == questions
+
+
+def test_answers_that_are_no_list_of_texts_are_named(tmp_path: Path) -> None:
+    row = {"id": "a", "title": "t", "context": "c", "question": "q", "answers": "Cod"}
+    with pytest.raises(UserError, match=r"questions\.jsonl:1: 'answers' is missing or no text"):
+        read_reading_questions(write(tmp_path / "questions.jsonl", row))

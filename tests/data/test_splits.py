@@ -34,3 +34,16 @@ def test_too_few_records_are_refused_with_all_numbers() -> None:
 def test_only_one_split_takes_what_is_left() -> None:
     with pytest.raises(UserError, match="splits a, b: only one may take what is left"):
         split_by_seed(RECORDS, {"a": None, "b": None}, seed=0)
+
+
+def test_records_of_one_group_stay_in_one_split() -> None:
+    splits = split_by_seed(RECORDS, {"train": 7, "test": None}, seed=0, group=lambda record: record // 4)
+    groups = {name: {record // 4 for record in split} for name, split in splits.items()}
+    assert len(splits["train"]) == 7
+    assert groups["train"].isdisjoint(groups["test"])
+    assert len(groups["train"]) == 2
+
+
+def test_whole_groups_that_do_not_suffice_are_refused() -> None:
+    with pytest.raises(UserError, match=r"splits need 18 examples .* in whole groups, but there are 20"):
+        split_by_seed(RECORDS, {"train": 17, "test": None}, seed=0, group=lambda record: record // 5)

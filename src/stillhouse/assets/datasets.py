@@ -1,6 +1,6 @@
-"""Data sets as JSONL with one schema: `id`, `question`, `answer`, one file per published split.
+"""Data sets as JSONL with one schema per task (`assets.records`), one file per published split.
 
-A reader knows the fields of one family of files; formats (JSONL, JSON, Parquet, Arrow, gzip) are told by suffix.
+A reader knows the fields of one family of files; formats (JSONL, JSON, Parquet, Arrow, text, gzip) are told by suffix.
 Request files of evaluation harnesses, which hold the raw record as `doc`, are unwrapped and their repetitions
 dropped by `native_id`.
 """
@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from stillhouse.assets.answers import final_answer
+from stillhouse.assets.records import RECORD_OF_TASK, RecordType, checked
 from stillhouse.config.assets import DatasetEntry
 from stillhouse.config.layering import nearest
 from stillhouse.runtime.errors import UserError
@@ -40,13 +42,10 @@ def normalise_dataset(name: str, entry: DatasetEntry, source: Path, output: Path
             raise UserError(f"datasets.{name}.splits.{split}: no file of {source} matches '{pattern}'")
         lines = []
         for where, identity, row in _identified_rows(files, split):
-            question, answer = _read(READERS[entry.reader], row, f"datasets.{name}: {where}")
-            if final_answer(answer) is None:
-                raise UserError(
-                    f"datasets.{name}: {where} (id {identity}): the answer has no '#### <result>' and no "
-                    "\\boxed{...}: mend or remove the row"
-                )
-            lines.append(json.dumps({"id": identity, "question": question, "answer": answer}, ensure_ascii=False))
+            where = f"datasets.{name}: {where}"
+            values = _read(READERS[entry.reader], row, where)
+            record = checked(_record(RECORD_OF_TASK[entry.task], {"id": identity, **values}, where), where)
+            lines.append(json.dumps(asdict(record), ensure_ascii=False))
         if not lines:
             raise UserError(f"datasets.{name}.splits.{split}: is empty: {files[0].name} holds no rows")
         atomic_write_text(output / f"{split}.jsonl", "\n".join(lines) + "\n")
@@ -89,8 +88,10 @@ def _rows(file: Path) -> Iterator[Any]:
         elif kind == ".arrow":
             with pa.memory_map(str(file)) as stream:
                 yield from pa.ipc.open_stream(stream).read_all().to_pylist()
+        elif kind == ".txt":
+            yield from ({"text": line} for line in file.read_text(encoding="utf-8").split("\n") if line.strip())
         else:
-            raise UserError(f"{file}: has no known format: use .jsonl, .json, .parquet or .arrow (.gz allowed)")
+            raise UserError(f"{file}: has no known format: use .jsonl, .json, .parquet, .arrow or .txt (.gz allowed)")
     except (pa.ArrowInvalid, EOFError, gzip.BadGzipFile, UnicodeDecodeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{file}: is damaged or not of its suffix's format ({reason}): fetch it again") from None
@@ -108,7 +109,7 @@ def _json_rows(file: Path, text: str, lines: bool) -> Iterator[Any]:
         yield from value if not lines and isinstance(value, list) else [value]
 
 
-def _read(reader: Callable[[Row], tuple[str, str]], row: Row, where: str) -> tuple[str, str]:
+def _read(reader: Callable[[Row], Row], row: Row, where: str) -> Row:
     try:
         return reader(row)
     except KeyError as error:
@@ -117,34 +118,113 @@ def _read(reader: Callable[[Row], tuple[str, str]], row: Row, where: str) -> tup
         raise UserError(f"{where}: cannot be read ({error}): is this the right reader?") from None
 
 
-def _gsm8k(row: Row) -> tuple[str, str]:
+def _record(kind: type[RecordType], values: Row, where: str) -> RecordType:
+    """The record of the task; raises `UserError` where the reader yields records of another task."""
+    names = {field.name for field in fields(kind)}
+    if names != set(values):
+        raise UserError(
+            f"{where}: the reader yields {', '.join(values)}, the task wants {', '.join(sorted(names))}: "
+            "make reader and task agree"
+        )
+    return kind(**values)
+
+
+def _problem(question: str, answer: str) -> Row:
+    return {"question": question.strip(), "answer": answer.strip()}
+
+
+def _gsm8k(row: Row) -> Row:
     """GSM8K (arXiv 2110.14168): the worked answer ends in `#### N`."""
-    return row["question"].strip(), row["answer"].strip()
+    return _problem(row["question"], row["answer"])
 
 
-def _math(row: Row) -> tuple[str, str]:
+def _math(row: Row) -> Row:
     """MATH (arXiv 2103.03874): the solution holds `\\boxed{...}`."""
-    return row["problem"].strip(), row["solution"].strip()
+    return _problem(row["problem"], row["solution"])
 
 
-def _commonsense_qa(row: Row) -> tuple[str, str]:
+def _commonsense_qa(row: Row) -> Row:
     """CommonsenseQA (arXiv 1811.00937): options by letter; the answer is the option's text and `#### <letter>`."""
     options = dict(zip(row["choices"]["label"], row["choices"]["text"], strict=True))
     listed = "\n".join(f"({letter}) {text}" for letter, text in options.items())
     if row["answerKey"] not in options:
         raise ValueError(f"answerKey {row['answerKey']!r} is none of its options")
-    return f"{row['question'].strip()}\n{listed}", f"{options[row['answerKey']]}\n#### {row['answerKey']}"
+    return _problem(f"{row['question'].strip()}\n{listed}", f"{options[row['answerKey']]}\n#### {row['answerKey']}")
 
 
-def _basic_arithmetic(row: Row) -> tuple[str, str]:
+def _basic_arithmetic(row: Row) -> Row:
     """AllenAI's basic_arithmetic: `Calculate 5 + 91 =`; the answer is the sum alone, the options are left out."""
     options = dict(zip(row["choices"]["label"], row["choices"]["text"], strict=True))
-    return row["question"].strip(), f"#### {options[row['answerKey']]}"
+    return _problem(row["question"], f"#### {options[row['answerKey']]}")
 
 
-READERS: dict[str, Callable[[Row], tuple[str, str]]] = {
+def _ifeval_like(row: Row) -> Row:
+    """Prompts with IFEval's verifiable constraints (arXiv 2311.07911) and a response; `kwargs` a list or its JSON."""
+    arguments = json.loads(row["kwargs"]) if isinstance(row["kwargs"], str) else row["kwargs"]
+    checks = [
+        # Parquet gives every row every argument of the set, null where the constraint has none.
+        {"id": identity, "arguments": {key: value for key, value in given.items() if value is not None}}
+        for identity, given in zip(row["instruction_id_list"], arguments, strict=True)
+    ]
+    return {**_problem(row["prompt"], row["response"]), "checks": json.dumps(checks, ensure_ascii=False)}
+
+
+def _alpaca(row: Row) -> Row:
+    """Alpaca's form: an instruction, perhaps with an input, and its output."""
+    return _problem("\n\n".join(part for part in (row["instruction"], row["input"]) if part), row["output"])
+
+
+def _text(row: Row) -> Row:
+    """A document per row; a text file has one per line."""
+    return {"text": row["text"].strip()}
+
+
+def _lambada(row: Row) -> Row:
+    """LAMBADA (arXiv 1606.06031): a narrative passage with the last word that is to be guessed put back."""
+    return {"text": f"{row['query']} {row['answers_text'][0]}"}
+
+
+def _squad(row: Row) -> Row:
+    """SQuAD and SQuAD 2.0 (arXiv 1606.05250, 1806.03822) as published; no answers where the passage holds none."""
+    return {
+        "title": row["title"],
+        "context": row["context"].strip(),
+        "question": row["question"].strip(),
+        "answers": tuple(row["answers"]["text"]),
+    }
+
+
+def _squad_query(row: Row) -> Row:
+    """SQuAD as an evaluation harness keeps it: title, passage and question in one `query`."""
+    lines = re.fullmatch(r"Title: (.*?)\nBackground: (.*)\nQuestion: (.*)\nAnswer:", row["query"], re.DOTALL)
+    if lines is None:
+        raise ValueError("'query' is not made of Title, Background, Question, Answer")
+    title, context, question = (part.strip() for part in lines.groups())
+    return {"title": title, "context": context, "question": question, "answers": tuple(row["answers_text"])}
+
+
+def _hotpot_qa(row: Row) -> Row:
+    """HotpotQA (arXiv 1809.09600), distractor setting: the paragraphs joined, titles kept."""
+    paragraphs = zip(row["context"]["title"], row["context"]["sentences"], strict=True)
+    context = "\n".join(f"{title}: {''.join(sentences)}" for title, sentences in paragraphs)
+    return {
+        "title": " / ".join(dict.fromkeys(row["supporting_facts"]["title"])),
+        "context": context,
+        "question": row["question"].strip(),
+        "answers": (row["answer"],),
+    }
+
+
+READERS: dict[str, Callable[[Row], Row]] = {
     "gsm8k": _gsm8k,
     "math": _math,
     "commonsense_qa": _commonsense_qa,
     "basic_arithmetic": _basic_arithmetic,
+    "ifeval_like": _ifeval_like,
+    "alpaca": _alpaca,
+    "text": _text,
+    "lambada": _lambada,
+    "squad": _squad,
+    "squad_query": _squad_query,
+    "hotpot_qa": _hotpot_qa,
 }

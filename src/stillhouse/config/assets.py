@@ -76,7 +76,15 @@ class PathSource(StrictModel):
 Source = Annotated[HubSource | PackageSource | PathSource, Field(discriminator="kind")]
 
 
-Task = Literal["math_word_problem", "multiple_choice", "competition_math"]
+Task = Literal[
+    "math_word_problem",
+    "multiple_choice",
+    "competition_math",
+    "instruction_following",
+    "instruction",
+    "passages",
+    "reading_comprehension",
+]
 
 
 class AssetEntry(StrictModel):
@@ -140,19 +148,20 @@ class ModelEntry(AssetEntry):
 
 
 class DatasetEntry(AssetEntry):
-    """A data set of questions and worked answers.
+    """A data set. Its task says which fields a record has, beside `id`.
 
-    Every reader yields `id`, `question`, `answer`; the task says how the answer states its result:
-    `math_word_problem` and `multiple_choice` end in `#### <number>` and `#### <letter>`, `competition_math` holds
-    `\\boxed{...}`.
+    `question` and `answer`: `math_word_problem` and `multiple_choice`, whose answers end in `#### <number>` and
+    `#### <letter>`; `competition_math`, which holds `\\boxed{...}`; `instruction`; `instruction_following`, with
+    `checks` that a program can make. `passages`: `text`. `reading_comprehension`: `title`, `context`, `question`,
+    `answers`.
     """
 
     task: Task = "math_word_problem"
-    reader: Annotated[str, Field(description="gsm8k, math, commonsense_qa or basic_arithmetic: the rows' schema.")]
+    reader: Annotated[str, Field(description="The rows' schema: a name in assets/datasets.py (READERS).")]
     splits: Annotated[
         dict[str, str],
         Field(
             min_length=1,
-            description="Published split: file or glob inside the source (.jsonl, .json, .parquet, .arrow; .gz).",
+            description="Published split: file or glob inside the source (.jsonl, .json, .parquet, .arrow, .txt; .gz).",
         ),
     ]

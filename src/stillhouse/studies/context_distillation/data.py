@@ -14,7 +14,7 @@ from typing import Literal
 from stillhouse.data.exemplars import ShotSampler
 from stillhouse.data.packing import AnswerBatch, Rows, Sequence, micro_batches, pack, pad
 from stillhouse.data.prompts import PromptRenderer, SkippedReport, within_limit
-from stillhouse.data.records import MathProblem
+from stillhouse.data.records import Problem
 from stillhouse.runtime.errors import UserError
 from stillhouse.studies.context_distillation.config import ContextSettings
 
@@ -51,13 +51,13 @@ class ContextDistillationData:
             yield pack(group, self.rows) if self.packing else pad(group, self.rows)
 
 
-def shot_sampler(problems: Items[MathProblem], context: ContextSettings) -> ShotSampler:
+def shot_sampler(problems: Items[Problem], context: ContextSettings) -> ShotSampler:
     """The sampler that a context's settings describe. Raises UserError where there are too few examples."""
     return ShotSampler(problems, context.shots, context.sampling, context.groups, context.exemplars, context.seed)
 
 
 def teacher_examples(
-    problems: Items[MathProblem],
+    problems: Items[Problem],
     renderer: PromptRenderer,
     context: ContextSettings,
     max_length: int,
@@ -79,7 +79,7 @@ def teacher_examples(
 
 
 def student_data(
-    problems: Items[MathProblem],
+    problems: Items[Problem],
     renderer: PromptRenderer,
     context: ContextSettings,
     max_length: int,

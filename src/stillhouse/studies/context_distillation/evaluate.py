@@ -20,8 +20,9 @@ from stillhouse.config.assets import Task
 from stillhouse.config.base import StrictModel
 from stillhouse.data.exemplars import Shot, evaluation_shots
 from stillhouse.data.prompts import PromptFormat, prompt_renderer
-from stillhouse.data.records import MathProblem, read_problems
+from stillhouse.data.records import Problem, read_problems
 from stillhouse.evaluation.engines import GenerationEngine, open_engine
+from stillhouse.evaluation.instruction_following import check_instruction_scorer, score_instructions
 from stillhouse.evaluation.perplexity import answer_nll
 from stillhouse.evaluation.scorers import (
     published_correct,
@@ -61,6 +62,7 @@ SCORERS = {
     "math_word_problem": score_math_answer,
     "multiple_choice": score_choice_answer,
     "competition_math": score_boxed_answer,
+    "instruction_following": score_instructions,
 }
 
 
@@ -106,13 +108,15 @@ class Questions:
     """The items of one split, and how many of the first of them get a generated answer."""
 
     split: Split
-    problems: list[MathProblem]
+    problems: list[Problem]
     generated: int | None
 
 
 def main(step: EvaluateStep) -> None:
     """Score all subjects and write results.json, items.parquet and run.json."""
     inputs = {"model": step.model, "data": step.data, **{str(path): path for path in step.students}}
+    if step.task == "instruction_following":
+        check_instruction_scorer()
     with RunRecord(MODULE, step, inputs) as record:
         for path in inputs.values():
             verify_manifest(path)
@@ -278,8 +282,8 @@ class EvaluationJob:
             ]
         return pd.DataFrame(rows, columns=["split", "item_id", *ANSWER_COLUMNS]).assign(engine=type(engine).__name__)
 
-    def _score(self, output: str, problem: MathProblem) -> tuple[bool, bool, bool]:
-        score = SCORERS[self.step.task](output, problem.answer)
+    def _score(self, output: str, problem: Problem) -> tuple[bool, bool, bool]:
+        score = SCORERS[self.step.task](output, problem.gold)
         strict = score.strict_correct
         if self.step.evaluation.scorer == "as_published":
             strict = published_correct(output, problem.answer)

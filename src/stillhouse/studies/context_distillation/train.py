@@ -14,7 +14,7 @@ from torch import nn
 from stillhouse.config.base import StrictModel
 from stillhouse.config.training import TrackingSettings
 from stillhouse.data.prompts import PromptRenderer, prompt_renderer
-from stillhouse.data.records import MathProblem, read_problems
+from stillhouse.data.records import Problem, read_problems
 from stillhouse.models.loading import load_tokenizer
 from stillhouse.models.lora import load_trainable
 from stillhouse.runtime.commands import run_step
@@ -97,7 +97,7 @@ def main(step: TrainStep) -> None:
 
 
 def teacher_of(
-    step: TrainStep, model: nn.Module, renderer: PromptRenderer, problems: list[MathProblem]
+    step: TrainStep, model: nn.Module, renderer: PromptRenderer, problems: list[Problem]
 ) -> tuple[CachedTeacher | OnlineTeacher | None, tuple[str, ...]]:
     """The source of the teacher's targets, None for a baseline, and the ids of examples that it has none for."""
     run = step.run
