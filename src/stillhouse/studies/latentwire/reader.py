@@ -1,111 +1,333 @@
 """A reader: one language model that gets a prefix of vectors, or a text, and answers after an anchor.
 
 Everything that training and evaluation must agree on has one place here: the beginning-of-sequence token, the
-anchor, where the answer's first token is predicted, how answers end, padding. The model itself is frozen; it reads
-embeddings (`inputs_embeds`), which is all that a prefix is.
+anchor, where the answer's first token is predicted (t = 0), how answers end, padding. The model itself is frozen; it
+reads embeddings (`inputs_embeds`), which is all that a prefix is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
 
+import torch
+from peft import PeftModel
 from torch import Tensor, nn
+from torch.nn import functional
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from stillhouse.studies.latentwire.config import AnswerGenerationSettings, PromptStyle
+from stillhouse.data.prompts import PromptRenderer, prompt_renderer
+from stillhouse.models.loading import frozen, load_model, load_tokenizer
+from stillhouse.models.lora import adapter_disabled, add_lora
+from stillhouse.runtime.errors import UserError
+from stillhouse.runtime.seeds import generator
+from stillhouse.studies.latentwire.config import AnswerGenerationSettings, PromptStyle, ReaderSettings
 from stillhouse.studies.latentwire.data import AnswerTokens
+from stillhouse.studies.latentwire.decoding import decode_answers
+from stillhouse.studies.latentwire.prompt import AnswerRows, KeysValues, LayerShape, Prefix, Prompt
 
-KeysValues = tuple[tuple[Tensor, Tensor], ...]
-
-
-@dataclass(frozen=True)
-class Prefix:
-    """What an adapter gives a reader in a text's place.
-
-    embeddings: [batch, M, hidden]. mask: [batch, M], 0 for a vector that is dropped; None: all are there.
-    layers: keys and values per layer, each [batch, heads, M, head_dim], of a deep prefix; else empty.
-    """
-
-    embeddings: Tensor
-    mask: Tensor | None = None
-    layers: KeysValues = ()
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """Everything that stands before the answer, ready for the model.
-
-    inputs_embeds: [batch, time, hidden]. attention_mask: [batch, time], 0 where padded.
-    layers: keys and values before the first column; trained: whether the reader's own trained parts (LoRA, prefix
-    tuning) take part, as they do after a prefix and not after a text.
-    """
-
-    inputs_embeds: Tensor
-    attention_mask: Tensor
-    layers: KeysValues = ()
-    trained: bool = True
-
-
-@dataclass(frozen=True)
-class AnswerRows:
-    """The model's outputs at the R = sum of answer tokens positions that predict them, answer by answer.
-
-    logits: [R, vocabulary]. hidden: [R, hidden], what the output embeddings read. labels: [R].
-    example: [R], the answer's index in the batch. position: [R], the token's place in its answer, from 0.
-    """
-
-    logits: Tensor
-    hidden: Tensor
-    labels: Tensor
-    example: Tensor
-    position: Tensor
+__all__ = ["AnswerRows", "Prefix", "Prompt", "Reader"]
+_EMBEDDING_ROWS = 8192
 
 
 class Reader(nn.Module):
-    """One frozen model and its tokenizer. `Reader.load(name, path, settings)` makes it."""
+    """One model and its tokenizer, for one set of reader settings; `adapt` gives it others."""
 
-    name: str
-    bos_ids: list[int]
-    anchor_ids: list[int]
+    def __init__(
+        self,
+        name: str,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: ReaderSettings,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.name, self.tokenizer = name, tokenizer
+        self.model: PreTrainedModel | PeftModel = frozen(model)
+        self.recomputes = False
+        self.adapt(settings, seed)
+
+    @classmethod
+    def load(cls, name: str, path: Path, settings: ReaderSettings, trust_remote_code: bool = False) -> Self:
+        """Load model and tokenizer from a directory; UserError where either is missing or damaged."""
+        model = load_model(path, settings.precision, trust_remote_code=trust_remote_code)
+        return cls(name, model, load_tokenizer(path, trust_remote_code), settings)
+
+    def adapt(self, settings: ReaderSettings, seed: int) -> None:
+        """Take these settings. New trained parts (LoRA, prefix tuning), drawn by `seed`, replace an earlier channel's."""
+        if isinstance(self.model, PeftModel):
+            self.model = frozen(self.model.unload())
+        self.settings = settings
+        if settings.lora is not None:
+            self.model = add_lora(self.model, settings.lora, seed)
+        self.own_layers: nn.Parameter | None = None
+        if settings.prefix_tuning:
+            shape = (1, settings.prefix_tuning, self.layer_shape.numbers)
+            values = torch.randn(shape, generator=generator(seed, "prefix tuning", self.name)) * 0.02
+            self.own_layers = nn.Parameter(values.to(self.device))
+        self._check_anchor()
+
+    # What is read: ids of the prompt's parts.
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    @property
+    def bos_ids(self) -> list[int]:
+        """The beginning-of-sequence token as a list, empty where the policy has none."""
+        token: int | None = self.tokenizer.bos_token_id
+        own = self.tokenizer("").input_ids[:1]
+        if self.settings.bos == "always" and token is None:
+            raise UserError(f"{self.name}: reader.bos is always, but its tokenizer has no BOS token: use auto or never")
+        wanted = self.settings.bos == "always" or (self.settings.bos == "auto" and own == [token])
+        return [token] if wanted and token is not None else []
+
+    @property
+    def anchor_ids(self) -> list[int]:
+        """The anchor without the white space at its end, which begins the answer."""
+        return self.text_ids(self.settings.anchor.rstrip())
+
+    @cached_property
+    def renderer(self) -> PromptRenderer:
+        """Chat prompts, and the token that ends an answer."""
+        return prompt_renderer(self.tokenizer)
+
+    @cached_property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The tokens that end an answer."""
+        ends = (self.renderer.turn_end, self.tokenizer.eos_token_id)
+        return tuple(dict.fromkeys(token for token in ends if token is not None))
+
+    def text_ids(self, text: str) -> list[int]:
+        """Token ids of a text alone: no BOS, no anchor."""
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
+        return ids
 
     def text_prompt(self, text: str, style: PromptStyle | None = None) -> list[int]:
         """Token ids of the full-text arm, anchor included; style None: as the settings say.
 
         content_only: BOS, text, anchor. chat_full: the chat template with the text as the user's turn, anchor.
+        Raises UserError where chat_full is asked of a tokenizer without a template.
         """
-        raise NotImplementedError
-
-    def text_ids(self, text: str) -> list[int]:
-        """Token ids of a text alone: no BOS, no anchor."""
-        raise NotImplementedError
+        style = style or self.settings.text_prompt
+        if style == "chat_full" and not self.renderer.chat:
+            raise UserError(f"{self.name}: chat_full, but its tokenizer has no chat template: use auto or content_only")
+        if style != "content_only" and self.renderer.chat:
+            return [*self.renderer.prompt_ids(text), *self.anchor_ids]
+        return [*self.bos_ids, *self.text_ids(text), *self.anchor_ids]
 
     def answer_ids(self, answer: str) -> list[int]:
         """The answer's tokens after the anchor, and the token that ends it.
 
-        Raises UserError where the tokenizer would join the answer's first characters to the anchor (t = 0).
+        Raises UserError where the tokenizer joins anchor and answer: the token at t = 0 would not be the one that
+        the model writes after the anchor.
         """
-        raise NotImplementedError
+        anchor = self.settings.anchor
+        following = self.text_ids(anchor[len(anchor.rstrip()) :] + answer.strip())
+        if [*self.anchor_ids, *following] != self.text_ids(anchor + answer.strip()):
+            raise UserError(
+                f"{self.name}: the tokenizer joins the anchor {anchor!r} and the answer {answer!r}: choose an anchor "
+                "that ends in a space or a line break"
+            )
+        return [*following, self.renderer.turn_end]
+
+    # Prompts as embeddings.
 
     def embed(self, token_ids: Sequence[int]) -> Tensor:
         """Input embeddings [tokens, hidden], as the model scales them."""
-        raise NotImplementedError
+        ids = torch.tensor(list(token_ids), dtype=torch.long, device=self.device)
+        embeddings: Tensor = self.model.get_input_embeddings()(ids)
+        return embeddings
 
-    def prompt_embeddings(self, prefix: Prefix | Tensor) -> Prompt:
-        """BOS, the prefix (a tensor [batch, M, hidden] or a `Prefix`) and the anchor."""
-        raise NotImplementedError
+    @property
+    def hidden_size(self) -> int:
+        """Width of the input embeddings."""
+        return int(self.model.config.get_text_config().hidden_size)
+
+    @property
+    def layer_shape(self) -> LayerShape:
+        """The size of the model's keys and values."""
+        config = self.model.config.get_text_config()
+        heads: int = config.num_attention_heads
+        dimension = getattr(config, "head_dim", None) or config.hidden_size // heads
+        return LayerShape(config.num_hidden_layers, getattr(config, "num_key_value_heads", None) or heads, dimension)
+
+    @torch.no_grad()
+    def embedding_rms(self, token_ids: Sequence[int] | None = None) -> float:
+        """Root mean square of the embeddings of these tokens, repeats counted; None: of the whole vocabulary."""
+        ids = range(self.model.get_input_embeddings().weight.shape[0]) if token_ids is None else token_ids
+        if not len(ids):
+            raise ValueError(f"{self.name}: no tokens to measure embeddings of")
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for start in range(0, len(ids), _EMBEDDING_ROWS):
+            total += self.embed(ids[start : start + _EMBEDDING_ROWS]).float().square().sum(dtype=torch.float64)
+        return float((total / (len(ids) * self.hidden_size)).sqrt())
+
+    def prompt_embeddings(self, prefix: Prefix | Tensor, texts: Sequence[Sequence[int]] = ()) -> Prompt:
+        """BOS, the prefix (a tensor [batch, M, hidden] or a `Prefix`) and the anchor.
+
+        texts: token ids that stand between BOS and prefix, one list per row, for the warm-up of training.
+        """
+        prefix = prefix if isinstance(prefix, Prefix) else Prefix(prefix)
+        embeddings = prefix.embeddings.to(self.model.get_input_embeddings().weight.dtype)
+        mask = torch.ones(embeddings.shape[:2], device=self.device) if prefix.mask is None else prefix.mask
+        before = [self.embed([*self.bos_ids, *ids]) for ids in texts or [()] * len(embeddings)]
+        anchor = self.embed(self.anchor_ids)
+        ones = [torch.ones(len(part), device=self.device) for part in before]
+        rows = [torch.cat([start, own, anchor]) for start, own in zip(before, embeddings, strict=True)]
+        masks = [torch.cat([one, own, one.new_ones(len(anchor))]) for one, own in zip(ones, mask, strict=True)]
+        return self._padded(rows, masks, self._layers_before(prefix.layers, len(rows)), trained=True)
 
     def text_embeddings(self, prompts: Sequence[Sequence[int]]) -> Prompt:
         """A batch of token prompts (`text_prompt`), padded on the side that the settings name."""
-        raise NotImplementedError
+        rows = [self.embed(prompt) for prompt in prompts]
+        return self._padded(rows, [torch.ones(len(row), device=self.device) for row in rows], (), trained=False)
+
+    # What the model makes of them.
 
     def answer_rows(self, prompt: Prompt, answers: AnswerTokens) -> AnswerRows:
         """Teacher forcing: the outputs that predict each answer token, with gradients."""
-        raise NotImplementedError
+        answer_mask = answers.attention_mask.bool()
+        time, length = prompt.inputs_embeds.shape[1], answer_mask.shape[1]
+        embedded = self.model.get_input_embeddings()(answers.input_ids)
+        inputs = torch.cat([prompt.inputs_embeds, embedded.to(prompt.inputs_embeds.dtype)], dim=1)
+        mask = torch.cat([prompt.attention_mask, answers.attention_mask], dim=1)
+        # The prompt's last column predicts the first token (padding may follow it), each token the one after it.
+        columns = torch.arange(time - 1, time + length - 1, device=inputs.device).repeat(len(prompt), 1)
+        columns[:, 0] = _last_columns(prompt.attention_mask)
+        example, position = answer_mask.nonzero(as_tuple=True)
+        with self._parts_of(prompt):
+            kept = columns.unique()
+            logits, hidden = self._forward(inputs, mask, prompt.layers, kept)
+        found = torch.searchsorted(kept, columns[example, position])
+        return AnswerRows(
+            logits[example, found], hidden[example, found], answers.labels[answer_mask], example, position
+        )
 
     def answer_logits(self, prompt: Prompt, answers: AnswerTokens) -> Tensor:
         """The logits of `answer_rows`: [R, vocabulary]."""
-        raise NotImplementedError
+        return self.answer_rows(prompt, answers).logits
+
+    def first_logits(self, prompt: Prompt, cache: DynamicCache | None = None) -> Tensor:
+        """Logits of the answer's first token, [batch, vocabulary], as generation computes them; fills `cache`."""
+        last = _last_columns(prompt.attention_mask)
+        kept = last.unique()
+        with self._parts_of(prompt):
+            logits, _ = self._forward(prompt.inputs_embeds, prompt.attention_mask, prompt.layers, kept, cache)
+        return logits[torch.arange(len(prompt), device=last.device), torch.searchsorted(kept, last)]
+
+    def next_logits(self, token_ids: Tensor, attention_mask: Tensor, prompt: Prompt, cache: DynamicCache) -> Tensor:
+        """Logits [batch, vocabulary] after one more token each; attention_mask covers prompt and all tokens so far."""
+        embedded = self.model.get_input_embeddings()(token_ids[:, None])
+        with self._parts_of(prompt):
+            columns = torch.zeros(1, dtype=torch.long, device=token_ids.device)
+            logits, _ = self._forward(embedded, attention_mask, prompt.layers, columns, cache)
+        return logits[:, 0]
+
+    def new_cache(self, prompt: Prompt) -> DynamicCache:
+        """An empty cache, or one that holds the prompt's layers, which gradients flow into."""
+        cache = DynamicCache(config=self.model.config)
+        for layer, (keys, values) in enumerate(prompt.layers):
+            cache.update(keys, values, layer)
+        return cache
+
+    @torch.no_grad()
+    def check_first_step(self, prompt: Prompt, answers: AnswerTokens) -> None:
+        """Assert that training predicts the answer's first token (t = 0) exactly where generation writes it.
+
+        Raises UserError where the two differ by more than rounding, as with a template or padding that only one sees.
+        """
+        rows = self.answer_rows(prompt, answers)
+        trained, generated = rows.logits[rows.position == 0].float(), self.first_logits(prompt).float()
+        tolerance = 1e-3 if self.model.dtype == torch.float32 else 5e-2
+        if not (trained - generated).abs().max() <= tolerance * generated.abs().max():
+            raise UserError(f"{self.name}: training and generation do not agree on the answer's first token (t = 0)")
 
     def generate(self, prompt: Prompt, settings: AnswerGenerationSettings) -> list[str]:
         """One answer per row, up to its end token or the end of its first line, stripped."""
-        raise NotImplementedError
+        return decode_answers(self, prompt, settings)
+
+    # Training.
+
+    def train(self, mode: bool = True) -> Self:
+        """As for any module, but that a frozen model stays in evaluation mode unless it recomputes activations."""
+        super().train(mode)
+        if not (self.settings.lora is not None or self.recomputes):
+            self.model.eval()
+        return self
+
+    def recompute_activations(self) -> None:
+        """Gradient checkpointing; UserError for a model whose dropout would wake up with it."""
+        config = self.model.config.get_text_config()
+        if getattr(config, "attention_dropout", 0.0):
+            raise UserError(f"{self.name}: gradient_checkpointing needs training mode, and the model has dropout")
+        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.recomputes = True
+
+    def _forward(
+        self, inputs_embeds: Tensor, attention_mask: Tensor, layers: KeysValues, columns: Tensor, cache: Any = None
+    ) -> tuple[Tensor, Tensor]:
+        """Logits and hidden states at `columns`: [batch, columns, ...]. attention_mask leaves the layers' positions out."""
+        if cache is None and layers:
+            cache = self.new_cache(Prompt(inputs_embeds, attention_mask, layers))
+        before = layers[0][0].shape[2] if layers else 0
+        positions = (attention_mask.cumsum(1) - 1).clamp(min=0) + before
+        mask = functional.pad(attention_mask, (before, 0), value=1)
+        captured: list[Tensor] = []
+        head = self.model.get_output_embeddings()
+        handle = head.register_forward_pre_hook(lambda module, arguments: captured.append(arguments[0]))
+        try:
+            output = self.model(
+                inputs_embeds=inputs_embeds,
+                attention_mask=mask,
+                position_ids=positions[:, -inputs_embeds.shape[1] :].long(),
+                past_key_values=cache,
+                use_cache=cache is not None,
+                logits_to_keep=columns,
+            )
+        finally:
+            handle.remove()
+        return output.logits, captured[0]
+
+    def _layers_before(self, layers: KeysValues, batch: int) -> KeysValues:
+        """Prefix tuning's keys and values, then the prefix's own."""
+        if self.own_layers is None:
+            return layers
+        own = self.layer_shape.split(self.own_layers.expand(batch, -1, -1).to(self.model.dtype))
+        if not layers:
+            return own
+        return tuple(
+            (torch.cat([one, two], dim=2), torch.cat([three, four], dim=2))
+            for (one, three), (two, four) in zip(own, layers, strict=True)
+        )
+
+    def _padded(self, rows: list[Tensor], masks: list[Tensor], layers: KeysValues, *, trained: bool) -> Prompt:
+        side = self.settings.padding
+        embeddings = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side=side)
+        mask = nn.utils.rnn.pad_sequence(masks, batch_first=True, padding_side=side)
+        return Prompt(embeddings, mask.long(), layers, trained)
+
+    @contextmanager
+    def _parts_of(self, prompt: Prompt) -> Iterator[None]:
+        if isinstance(self.model, PeftModel) and not prompt.trained:
+            with adapter_disabled(self.model):
+                yield
+        else:
+            yield
+
+    def _check_anchor(self) -> None:
+        if not self.anchor_ids:
+            raise UserError(
+                f"reader.anchor: {self.settings.anchor!r} has no tokens for {self.name}: name one with text"
+            )
+
+
+def _last_columns(attention_mask: Tensor) -> Tensor:
+    """The last column of each row that is no padding."""
+    columns = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    return (attention_mask * columns).argmax(dim=1)
