@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+from pathlib import Path
 
+import pytest
 import torch
 
-from stillhouse.studies.latentwire.data import WireData, WireExample, answer_tokens, wire_example, wire_text
+from stillhouse.data.records import ReadingQuestion, write_records
+from stillhouse.runtime.errors import UserError
+from stillhouse.studies.latentwire.data import (
+    WireData,
+    WireExample,
+    answer_tokens,
+    read_examples,
+    wire_example,
+    wire_text,
+)
 
 EXAMPLES = [
     WireExample(f"q{index}", "Title", wire_text(f"What is {index}?", "x" * (10 * index)), f"What is {index}?", answers)
@@ -27,8 +37,7 @@ def wire_data(**changes: int) -> WireData:
 
 
 def test_the_question_stands_before_the_passage_that_a_budget_may_cut() -> None:
-    record = SimpleNamespace(id="1", title="T", context=" Long passage. ", question="Who? ", answers=["A", "B"])
-    example = wire_example(record)  # type: ignore[arg-type]
+    example = wire_example(ReadingQuestion("1", "T", " Long passage. ", "Who? ", ("A", "B")))
     assert example.text == "Question: Who?\nContext: Long passage.\n"
     assert (example.answer, example.answers) == ("A", ("A", "B"))
 
@@ -64,3 +73,14 @@ def test_micro_batches_keep_order_and_drop_nothing() -> None:
     alone = list(data.micro_batches([3, 1, 0, 2], 1))
     assert [batch.ids for batch in whole] == [("q3", "q1", "q0", "q2")]
     assert [batch.ids for batch in alone] == [("q3",), ("q1",), ("q0",), ("q2",)]
+
+
+def test_texts_over_the_limit_are_left_out_and_counted(tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    write_records(path, [ReadingQuestion(f"q{n}", "T", "x" * 10 * n, "Why?", ("x",)) for n in range(6)])
+    shortest = len(wire_text("Why?", "").encode())
+    read = read_examples(path, limit=2, max_text_bytes=shortest + 30)
+    assert ([example.id for example in read.examples], read.left_out) == (["q0", "q1"], 2)
+    assert len(read_examples(path).examples) == 6
+    with pytest.raises(UserError, match=r"train\.jsonl: no text has at most 5 bytes \(the shortest has"):
+        read_examples(path, max_text_bytes=5)

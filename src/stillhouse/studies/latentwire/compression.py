@@ -20,7 +20,7 @@ def cut_to_bytes(text: str, budget: int) -> str:
 
 
 def compress(text: str) -> bytes:
-    """The text as it would be sent: one byte that names the compressor, then the smallest stream (DEFLATE, LZMA, none)."""
+    """The text as it would be sent: a byte that names the compressor (DEFLATE, LZMA, none), and the smallest stream."""
     data = text.encode()
     deflate = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
     streams = (

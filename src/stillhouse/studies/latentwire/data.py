@@ -9,16 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from stillhouse.data.packing import NO_LABEL
+from stillhouse.data.records import ReadingQuestion, read_reading_questions
 from stillhouse.runtime.errors import UserError
-
-if TYPE_CHECKING:
-    from stillhouse.data.records import ReadingQuestion
 
 AnswerTokeniser = Callable[[str], Sequence[int]]
 
@@ -76,8 +73,6 @@ def read_examples(path: Path, limit: int | None = None, max_text_bytes: int | No
 
     Raises `UserError` for a missing or damaged file, and where nothing is left.
     """
-    from stillhouse.data.records import read_reading_questions
-
     examples = [wire_example(record) for record in read_reading_questions(path)]
     kept = [example for example in examples if max_text_bytes is None or example.text_bytes <= max_text_bytes]
     if not kept:
