@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 @torch.no_grad()
 def decode_answers(reader: Reader, prompt: Prompt, settings: AnswerGenerationSettings) -> list[str]:
     """One answer per row of the prompt, stripped; at most `max_new_tokens` tokens."""
+    prompt = prompt.padded("left")
     cache = reader.new_cache(prompt)
     mask = prompt.attention_mask
     tokens = first_tokens(reader.first_logits(prompt, cache), reader.stop_ids, settings)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from torch import Tensor
 
@@ -38,6 +39,15 @@ class Prompt:
 
     def __len__(self) -> int:
         return len(self.inputs_embeds)
+
+    def padded(self, side: Literal["left", "right"]) -> Prompt:
+        """The same prompt with everything that is masked moved to one side of each row.
+
+        A hole between columns would count as distance in sliding-window attention.
+        """
+        order = self.attention_mask.argsort(dim=1, descending=side == "right", stable=True)
+        embeddings = self.inputs_embeds.gather(1, order[..., None].expand_as(self.inputs_embeds))
+        return replace(self, inputs_embeds=embeddings, attention_mask=self.attention_mask.gather(1, order))
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
 from peft import PeftModel
@@ -57,7 +58,7 @@ class Reader(nn.Module):
         return cls(name, model, load_tokenizer(path, trust_remote_code), settings)
 
     def adapt(self, settings: ReaderSettings, seed: int) -> None:
-        """Take these settings. New trained parts (LoRA, prefix tuning), drawn by `seed`, replace an earlier channel's."""
+        """Take these settings; new trained parts (LoRA, prefix tuning) by `seed` replace those of another channel."""
         if isinstance(self.model, PeftModel):
             self.model = frozen(self.model.unload())
         self.settings = settings
@@ -193,18 +194,20 @@ class Reader(nn.Module):
     def answer_rows(self, prompt: Prompt, answers: AnswerTokens) -> AnswerRows:
         """Teacher forcing: the outputs that predict each answer token, with gradients."""
         answer_mask = answers.attention_mask.bool()
-        time, length = prompt.inputs_embeds.shape[1], answer_mask.shape[1]
-        embedded = self.model.get_input_embeddings()(answers.input_ids)
-        inputs = torch.cat([prompt.inputs_embeds, embedded.to(prompt.inputs_embeds.dtype)], dim=1)
-        mask = torch.cat([prompt.attention_mask, answers.attention_mask], dim=1)
-        # The prompt's last column predicts the first token (padding may follow it), each token the one after it.
-        columns = torch.arange(time - 1, time + length - 1, device=inputs.device).repeat(len(prompt), 1)
-        columns[:, 0] = _last_columns(prompt.attention_mask)
+        embedded = self.model.get_input_embeddings()(answers.input_ids).to(prompt.inputs_embeds.dtype)
+        # Padding between a prompt's layers and its first column would be such a hole as `padded` closes.
+        side = "right" if prompt.layers else self.settings.padding
+        whole = replace(
+            prompt,
+            inputs_embeds=torch.cat([prompt.inputs_embeds, embedded], dim=1),
+            attention_mask=torch.cat([prompt.attention_mask, answers.attention_mask], dim=1),
+        ).padded(side)
         example, position = answer_mask.nonzero(as_tuple=True)
-        with self._parts_of(prompt):
-            kept = columns.unique()
-            logits, hidden = self._forward(inputs, mask, prompt.layers, kept)
-        found = torch.searchsorted(kept, columns[example, position])
+        # Token t of an answer is predicted one column earlier; for t = 0 that is the prompt's last column.
+        before = (whole.attention_mask == 0).sum(1) if side == "left" else 0
+        columns = (prompt.attention_mask.sum(1) + before)[example] + position - 1
+        kept, found = columns.unique(return_inverse=True)
+        logits, hidden = self._forward(whole, kept)
         return AnswerRows(
             logits[example, found], hidden[example, found], answers.labels[answer_mask], example, position
         )
@@ -215,18 +218,13 @@ class Reader(nn.Module):
 
     def first_logits(self, prompt: Prompt, cache: DynamicCache | None = None) -> Tensor:
         """Logits of the answer's first token, [batch, vocabulary], as generation computes them; fills `cache`."""
-        last = _last_columns(prompt.attention_mask)
-        kept = last.unique()
-        with self._parts_of(prompt):
-            logits, _ = self._forward(prompt.inputs_embeds, prompt.attention_mask, prompt.layers, kept, cache)
-        return logits[torch.arange(len(prompt), device=last.device), torch.searchsorted(kept, last)]
+        logits, _ = self._forward(prompt.padded("left"), 1, cache)
+        return logits[:, 0]
 
     def next_logits(self, token_ids: Tensor, attention_mask: Tensor, prompt: Prompt, cache: DynamicCache) -> Tensor:
         """Logits [batch, vocabulary] after one more token each; attention_mask covers prompt and all tokens so far."""
         embedded = self.model.get_input_embeddings()(token_ids[:, None])
-        with self._parts_of(prompt):
-            columns = torch.zeros(1, dtype=torch.long, device=token_ids.device)
-            logits, _ = self._forward(embedded, attention_mask, prompt.layers, columns, cache)
+        logits, _ = self._forward(replace(prompt, inputs_embeds=embedded, attention_mask=attention_mask), 1, cache)
         return logits[:, 0]
 
     def new_cache(self, prompt: Prompt) -> DynamicCache:
@@ -270,26 +268,29 @@ class Reader(nn.Module):
         self.recomputes = True
 
     def _forward(
-        self, inputs_embeds: Tensor, attention_mask: Tensor, layers: KeysValues, columns: Tensor, cache: Any = None
+        self, prompt: Prompt, columns: Tensor | int, cache: DynamicCache | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Logits and hidden states at `columns`: [batch, columns, ...]. attention_mask leaves the layers' positions out."""
-        if cache is None and layers:
-            cache = self.new_cache(Prompt(inputs_embeds, attention_mask, layers))
-        before = layers[0][0].shape[2] if layers else 0
-        positions = (attention_mask.cumsum(1) - 1).clamp(min=0) + before
-        mask = functional.pad(attention_mask, (before, 0), value=1)
+        """Logits and hidden states, [batch, columns, ...], at these columns or at the last so many.
+
+        The prompt's mask may be longer than its embeddings: it begins with what the cache already holds.
+        """
+        if cache is None and prompt.layers:
+            cache = self.new_cache(prompt)
+        layer_positions = prompt.layers[0][0].shape[2] if prompt.layers else 0
+        positions = (prompt.attention_mask.cumsum(1) - 1).clamp(min=0) + layer_positions
         captured: list[Tensor] = []
         head = self.model.get_output_embeddings()
         handle = head.register_forward_pre_hook(lambda module, arguments: captured.append(arguments[0]))
         try:
-            output = self.model(
-                inputs_embeds=inputs_embeds,
-                attention_mask=mask,
-                position_ids=positions[:, -inputs_embeds.shape[1] :].long(),
-                past_key_values=cache,
-                use_cache=cache is not None,
-                logits_to_keep=columns,
-            )
+            with self._parts_of(prompt):
+                output = self.model(
+                    inputs_embeds=prompt.inputs_embeds,
+                    attention_mask=functional.pad(prompt.attention_mask, (layer_positions, 0), value=1),
+                    position_ids=positions[:, -prompt.inputs_embeds.shape[1] :],
+                    past_key_values=cache,
+                    use_cache=cache is not None,
+                    logits_to_keep=columns,
+                )
         finally:
             handle.remove()
         return output.logits, captured[0]
@@ -325,9 +326,3 @@ class Reader(nn.Module):
             raise UserError(
                 f"reader.anchor: {self.settings.anchor!r} has no tokens for {self.name}: name one with text"
             )
-
-
-def _last_columns(attention_mask: Tensor) -> Tensor:
-    """The last column of each row that is no padding."""
-    columns = torch.arange(attention_mask.shape[1], device=attention_mask.device)
-    return (attention_mask * columns).argmax(dim=1)
