@@ -223,7 +223,7 @@ def test_the_rms_of_embeddings_is_that_of_what_the_model_reads(paths, family):
     reader = tiny_reader(paths, family)
     weight = reader.model.get_input_embeddings().weight
     scale = reader.hidden_size**0.5 if family == "gemma" else 1.0
-    assert reader.embedding_rms() == pytest.approx(float(weight.square().mean().sqrt()) * scale, rel=1e-3)
+    assert reader.vocabulary_rms == pytest.approx(float(weight.square().mean().sqrt()) * scale, rel=1e-3)
     assert reader.embedding_rms([1, 1, 2]) == pytest.approx(
         float((weight[[1, 1, 2]] * scale).square().mean().sqrt()), rel=1e-3
     )

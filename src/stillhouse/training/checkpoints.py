@@ -115,7 +115,7 @@ def save_weights(
     dtype: torch.dtype,
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> None:
-    """Write `checkpoint-<step>/`: an adapter, a transformers model in `dtype`, or a module's tensors."""
+    """Write `checkpoint-<step>/`: an adapter, a transformers model in `dtype`, or a module's `trained_tensors`."""
     with staged_directory(work_dir / f"checkpoint-{step}") as staging, _full_disk_as_os_error():
         if isinstance(model, PeftModel):
             # "auto" would ask the hub whether the vocabulary was resized; Stillhouse never resizes it.
@@ -129,12 +129,20 @@ def save_weights(
             if tokenizer is not None:
                 tokenizer.save_pretrained(staging)
         else:
-            trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
-            tensors = trained | dict(model.named_buffers())
-            plain = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+            plain = {name: tensor.detach().contiguous() for name, tensor in trained_tensors(model).items()}
             save_file(plain, staging / "model.safetensors")
         write_manifest(staging)
         _flush_to_disk(staging)
+
+
+def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """What the checkpoint of a plain module holds: parameters that require a gradient, and persistent buffers.
+
+    Frozen models inside the module are not part of it, and neither is what they compute anew when they are made.
+    """
+    trained: dict[str, Tensor] = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    persistent = model.state_dict().keys()
+    return trained | {name: value for name, value in model.named_buffers() if name in persistent}
 
 
 def export(work_dir: Path, output_dir: Path, saved_steps: Sequence[int]) -> None:

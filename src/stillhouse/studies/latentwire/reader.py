@@ -59,17 +59,23 @@ class Reader(nn.Module):
 
     def adapt(self, settings: ReaderSettings, seed: int) -> None:
         """Take these settings; new trained parts (LoRA, prefix tuning) by `seed` replace those of another channel."""
-        if isinstance(self.model, PeftModel):
-            self.model = frozen(self.model.unload())
+        model = self.release()
         self.settings = settings
         if settings.lora is not None:
-            self.model = add_lora(self.model, settings.lora, seed)
-        self.own_layers: nn.Parameter | None = None
+            self.model = add_lora(model, settings.lora, seed)
         if settings.prefix_tuning:
             shape = (1, settings.prefix_tuning, self.layer_shape.numbers)
             values = torch.randn(shape, generator=generator(seed, "prefix tuning", self.name)) * 0.02
             self.own_layers = nn.Parameter(values.to(self.device))
-        self._check_anchor()
+        if not self.anchor_ids:
+            raise UserError(f"reader.anchor: {settings.anchor!r} has no tokens for {self.name}: name one with text")
+
+    def release(self) -> PreTrainedModel:
+        """The frozen model alone: trained parts are taken out and forgotten."""
+        if isinstance(self.model, PeftModel):
+            self.model = frozen(self.model.unload())
+        self.own_layers: nn.Parameter | None = None
+        return self.model
 
     # What is read: ids of the prompt's parts.
 
@@ -158,16 +164,20 @@ class Reader(nn.Module):
         dimension = getattr(config, "head_dim", None) or config.hidden_size // heads
         return LayerShape(config.num_hidden_layers, getattr(config, "num_key_value_heads", None) or heads, dimension)
 
+    @cached_property
+    def vocabulary_rms(self) -> float:
+        """Root mean square of the embeddings of the whole vocabulary."""
+        return self.embedding_rms(range(self.model.get_input_embeddings().weight.shape[0]))
+
     @torch.no_grad()
-    def embedding_rms(self, token_ids: Sequence[int] | None = None) -> float:
-        """Root mean square of the embeddings of these tokens, repeats counted; None: of the whole vocabulary."""
-        ids = range(self.model.get_input_embeddings().weight.shape[0]) if token_ids is None else token_ids
-        if not len(ids):
+    def embedding_rms(self, token_ids: Sequence[int]) -> float:
+        """Root mean square of the embeddings of these tokens, repeats counted."""
+        if not len(token_ids):
             raise ValueError(f"{self.name}: no tokens to measure embeddings of")
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for start in range(0, len(ids), _EMBEDDING_ROWS):
-            total += self.embed(ids[start : start + _EMBEDDING_ROWS]).float().square().sum(dtype=torch.float64)
-        return float((total / (len(ids) * self.hidden_size)).sqrt())
+        for start in range(0, len(token_ids), _EMBEDDING_ROWS):
+            total += self.embed(token_ids[start : start + _EMBEDDING_ROWS]).float().square().sum(dtype=torch.float64)
+        return float((total / (len(token_ids) * self.hidden_size)).sqrt())
 
     def prompt_embeddings(self, prefix: Prefix | Tensor, texts: Sequence[Sequence[int]] = ()) -> Prompt:
         """BOS, the prefix (a tensor [batch, M, hidden] or a `Prefix`) and the anchor.
@@ -320,9 +330,3 @@ class Reader(nn.Module):
                 yield
         else:
             yield
-
-    def _check_anchor(self) -> None:
-        if not self.anchor_ids:
-            raise UserError(
-                f"reader.anchor: {self.settings.anchor!r} has no tokens for {self.name}: name one with text"
-            )
