@@ -97,9 +97,3 @@ def test_the_smallest_configuration_has_a_section(conditions: tuple[str, ...], t
 def test_the_report_is_the_same_when_it_is_remade(tmp_path: Path) -> None:
     path = fake_evaluation(tmp_path / "evaluation")
     assert make(tmp_path / "a", path) == make(tmp_path / "b", path)
-
-
-def test_holm_adjusts_as_in_the_textbook() -> None:
-    assert report.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert report.holm([0.9, 0.8]) == [1.0, 1.0]
-    assert report.holm([]) == []

@@ -9,10 +9,12 @@ from scipy import stats
 from stillhouse.evaluation.statistics import (
     bootstrap_mean_interval,
     bootstrap_ratio_interval,
+    holm,
     mcnemar,
     paired_bootstrap,
     paired_bootstrap_ratio,
     paired_difference_over_seeds,
+    paired_rate_interval,
     wilson_interval,
 )
 
@@ -147,3 +149,38 @@ def test_seeds_and_tokens_combine_to_a_difference_per_token() -> None:
 def test_impossible_input_is_refused(call, message: str) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_holm_adjusts_as_in_the_textbook() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def test_a_paired_rate_interval_follows_its_formula() -> None:
+    # 10 and 3 discordant pairs among 40.
+    first, second = 11 / 42, 4 / 42
+    half = 1.959964 * ((first + second - (first - second) ** 2) / 42) ** 0.5
+    interval = paired_rate_interval(10, 3, 40)
+    assert interval.value == pytest.approx(7 / 40)
+    assert (interval.low, interval.high) == pytest.approx((first - second - half, first - second + half), abs=1e-6)
+
+
+def test_a_paired_rate_interval_covers_as_often_as_it_says() -> None:
+    generator = np.random.default_rng(0)
+    draws = generator.multinomial(16, [0.2, 0.05, 0.75], size=4000)
+    covered = [
+        interval.low <= 0.15 <= interval.high
+        for only_a, only_b, _ in draws
+        for interval in [paired_rate_interval(only_a, only_b, 16)]
+    ]
+    assert 0.94 <= np.mean(covered) <= 0.99
+
+
+def test_no_discordant_item_is_no_certainty() -> None:
+    interval = paired_rate_interval(0, 0, 16)
+    assert interval.value == 0
+    assert interval.low == -interval.high
+    assert 0.1 < interval.high < 0.2
+    with pytest.raises(ValueError, match="make no difference of rates"):
+        paired_rate_interval(9, 8, 16)

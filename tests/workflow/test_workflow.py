@@ -80,7 +80,7 @@ def test_a_comment_in_every_module_reruns_nothing(project: Workflow) -> None:
         (f"{STUDY}/objective.py", {**TASK_TEACHER, **TRAIN}),
         ("src/stillhouse/training/schedules.py", {**TASK_TEACHER, **TRAIN}),
         (f"{STUDY}/teacher.py", {**CACHES, **TRAIN}),
-        ("src/stillhouse/data/splits.py", {"context_distillation_split": 1, **CACHES, **TRAIN}),
+        ("src/stillhouse/data/splits.py", {"split_dataset": 1, **CACHES, **TRAIN}),
     ],
 )
 def test_a_change_of_a_module_reruns_exactly_what_it_reaches(
@@ -132,7 +132,7 @@ def test_one_figure_asked_for_by_its_path_needs_only_its_own_jobs(tiny_model: Pa
     assert workflow.planned("results/figures/context_distillation/loss.png") == {
         "model": 1,
         "dataset": 1,
-        "context_distillation_split": 1,
+        "split_dataset": 1,
         "context_distillation_task_teacher": 1,
         "context_distillation_teacher_cache": 3,
         "context_distillation_train": 5,

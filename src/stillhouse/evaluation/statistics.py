@@ -100,6 +100,20 @@ def mcnemar(a: Sequence[bool] | NDArray[Any], b: Sequence[bool] | NDArray[Any]) 
     return McNemarResult(int((first & second).sum()), only_a, only_b, int((~first & ~second).sum()), p_value)
 
 
+def paired_rate_interval(only_a: float, only_b: float, n: int, confidence: float = 0.95) -> Estimate:
+    """Difference of two rates on the same n items, of which only `a` or only `b` gets so many right.
+
+    Bonett and Price's adjusted Wald interval (2012, eq. 8): it keeps its width where no item tells the two apart, which
+    the bootstrap takes for certainty. The counts may be means over seeds.
+    """
+    if only_a < 0 or only_b < 0 or only_a + only_b > n or n == 0:
+        raise ValueError(f"{only_a} and {only_b} discordant items of {n} make no difference of rates")
+    first, second = (only_a + 1) / (n + 2), (only_b + 1) / (n + 2)
+    half = stats.norm.ppf((1 + confidence) / 2) * np.sqrt((first + second - (first - second) ** 2) / (n + 2))
+    low, high = max(-1.0, first - second - half), min(1.0, first - second + half)
+    return Estimate((only_a - only_b) / n, float(low), float(high), n)
+
+
 def paired_bootstrap(
     a: ArrayLike, b: ArrayLike, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
 ) -> PairedComparison:
@@ -204,3 +218,12 @@ def _comparison(difference: float, draws: Floats, confidence: float, items: int)
     side = min((draws <= 0).sum(), (draws >= 0).sum())
     p_value = min(1.0, 2 * float(side + 1) / (len(draws) + 1))
     return PairedComparison(difference, low, high, p_value, items)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down adjustment (1979): the k-th smallest of m counts m - k + 1 times, and never less than before."""
+    order = np.argsort(p_values, kind="stable")
+    factors = np.arange(len(p_values), 0, -1)
+    adjusted = np.empty(len(p_values))
+    adjusted[order] = np.minimum(1.0, np.maximum.accumulate(np.asarray(p_values)[order] * factors))
+    return [float(value) for value in adjusted]

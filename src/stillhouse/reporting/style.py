@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import fill
 from typing import Protocol, runtime_checkable
 
 import matplotlib.style
@@ -85,7 +86,7 @@ KNOWN_CONDITIONS = {
     "fewshot_teacher": ConditionStyle(ORANGE, "D"),
     "kl_t1": ConditionStyle(GREEN, "<"),
     "kl_t2": ConditionStyle(SKY, "<"),
-    "kl_t4": ConditionStyle(BLUE, "<"),
+    "kl_t4": ConditionStyle(BLACK, "<"),
     "random_k": ConditionStyle(YELLOW, "*"),
     "question_only_shots": ConditionStyle(PURPLE, "h"),
     "wrong_exemplars": ConditionStyle(ORANGE, "p"),
@@ -131,6 +132,20 @@ def save_figure(drawing: Figure, png_path: Path) -> None:
             rendered[path] = buffer.getvalue()
     for path, data in rendered.items():
         atomic_write_bytes(path, data)
+
+
+def draw_frame(drawing: Figure, title: str, note: str) -> None:
+    """The message above a figure and the small print below it, wrapped to its width."""
+    width = int(drawing.get_figwidth() * 17)
+    drawing.suptitle(fill(title, int(width * 0.6)), x=0.01, ha="left", fontsize=11, fontweight="bold")
+    drawing.supxlabel(fill(note, width), x=0.01, ha="left", fontsize=8)
+
+
+def draw_notice(output: Path, text: str) -> None:
+    """A figure that says why there is nothing to draw, so that a small configuration still makes every target."""
+    with figure(7, 1.2) as drawing:
+        drawing.text(0.5, 0.5, text, ha="center", va="center")
+        save_figure(drawing, output)
 
 
 def error_bars(estimates: Sequence[Interval]) -> NDArray[np.float64]:

@@ -18,6 +18,7 @@ from stillhouse.evaluation.statistics import (
     bootstrap_ratio_interval,
     mcnemar,
     paired_difference_over_seeds,
+    paired_rate_interval,
     wilson_interval,
 )
 from stillhouse.studies.context_distillation.results import Evaluation, Measurement, load_evaluation
@@ -169,8 +170,9 @@ def by_seed(evaluation: Evaluation, subject: Subject, measure: Measure) -> list[
 def compare(evaluation: Evaluation, subject: Subject, baseline: Subject, measure: Measure) -> Comparison:
     """`subject` minus `baseline`: interval by paired bootstrap, over seeds too where there are several.
 
-    With one seed the p-value of a rate is McNemar's exact one. With several it is the bootstrap's: the seeds'
-    answers to one item are not independent.
+    A rate's interval is never narrower than Bonett and Price's of one seed: the bootstrap's is a point where no item
+    tells the two apart. With one seed the p-value of a rate is McNemar's exact one. With several it is the bootstrap's:
+    the seeds' answers to one item are not independent.
     """
     ours, units = _values(evaluation, subject, measure)
     theirs, _ = _values(evaluation, baseline, measure)
@@ -179,13 +181,14 @@ def compare(evaluation: Evaluation, subject: Subject, baseline: Subject, measure
     ours, theirs = (np.tile(values, (seeds // len(values), 1)) for values in (ours, theirs))
     paired = paired_difference_over_seeds(ours, theirs, units)
     p_value, only_subject, only_baseline = paired.p_value, 0, 0
+    low, high = paired.low, paired.high
     if not measure.per_token:
         counts = mcnemar(ours.ravel(), theirs.ravel())
         only_subject, only_baseline = counts.only_a, counts.only_b
         p_value = counts.p_value if seeds == 1 else p_value
-    return Comparison(
-        subject, paired.difference, paired.low, paired.high, p_value, paired.n, only_subject, only_baseline
-    )
+        one_seed = paired_rate_interval(only_subject / seeds, only_baseline / seeds, paired.n)
+        low, high = (one_seed.low, one_seed.high) if seeds == 1 else (min(low, one_seed.low), max(high, one_seed.high))
+    return Comparison(subject, paired.difference, low, high, p_value, paired.n, only_subject, only_baseline)
 
 
 def sample_note(evaluations: Sequence[Evaluation], dots: bool = True) -> str:

@@ -9,33 +9,35 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 from pydantic import Field
 
 from stillhouse.config.base import StrictModel
-from stillhouse.evaluation.statistics import Estimate
-from stillhouse.reporting.tables import Cell, Column, Table, format_estimate, write_table
+from stillhouse.evaluation.statistics import holm
+from stillhouse.reporting.tables import Column, Table, format_estimate, write_table
 from stillhouse.runtime.commands import run_step
 from stillhouse.runtime.files import atomic_write_text, staged_directory
 from stillhouse.studies.context_distillation.comparisons import (
     BASELINE,
-    FLEXIBLE,
     GOLD_NLL,
     MARKER,
     METHOD,
     STRICT,
     Comparison,
     Measure,
-    Subject,
     compare,
-    estimate,
     find,
     headline,
     load_evaluations,
-    trajectory,
 )
 from stillhouse.studies.context_distillation.figures.checkpoint_curve import chosen_by
 from stillhouse.studies.context_distillation.results import Evaluation
+from stillhouse.studies.context_distillation.tables import (
+    checkpoint_table,
+    gap_table,
+    headline_table,
+    paired_comparisons,
+    paired_table,
+)
 
 FIGURES = {
     "summary": "Every condition at its headline checkpoint",
@@ -84,142 +86,6 @@ def main(step: ReportStep) -> None:
         for table in tables:
             write_table(table, directory)
     atomic_write_text(step.section, section(evaluations, pairs, tables))
-
-
-def headline_table(evaluations: Sequence[Evaluation]) -> Table:
-    """Every condition at its headline checkpoint."""
-    rows = [
-        (
-            one.results.model,
-            subject.label,
-            ", ".join(str(m.step) for m in subject.measurements) if subject.trained else None,
-            len(subject.measurements),
-            estimate(one, subject, GOLD_NLL),
-            *counted(one, subject, STRICT),
-            *counted(one, subject, FLEXIBLE)[1:],
-            *counted(one, subject, MARKER)[1:],
-            estimate(one, subject, GOLD_NLL).n,
-            estimate(one, subject, STRICT).n,
-        )
-        for one in evaluations
-        for subject in headline(one)
-    ]
-    columns = (
-        Column("model"),
-        Column("condition"),
-        Column("step", heading="chosen step"),
-        Column("seeds", "integer"),
-        Column("gold_nll", "estimate", 3, "gold NLL, nats/token"),
-        Column("strict_count", heading="strict, correct / answers"),
-        Column("strict", "percent_estimate", 1, "strict, %"),
-        Column("flexible", "percent_estimate", 1, "flexible, %"),
-        Column("marker", "percent_estimate", 1, "wrote ####, %"),
-        Column("items", "integer", heading="n (NLL)"),
-        Column("answers", "integer", heading="n (answers)"),
-    )
-    caption = f"Test split, checkpoints chosen by {chosen_by(evaluations[0])}; in brackets 95 % intervals."
-    return Table("headline", caption, columns, tuple(rows))
-
-
-def counted(evaluation: Evaluation, subject: Subject, measure: Measure) -> tuple[str, Estimate]:
-    """A rate as counts over all seeds, and as an estimate."""
-    rate = estimate(evaluation, subject, measure)
-    answers = rate.n * len(subject.measurements)
-    return f"{round(rate.value * answers)} / {answers}", rate
-
-
-def gap_table(evaluations: Sequence[Evaluation]) -> Table:
-    """The untrained base by number of shots: what there is to distil."""
-    rows = [
-        (
-            one.results.model,
-            subject.shots,
-            estimate(one, subject, GOLD_NLL),
-            estimate(one, subject, STRICT),
-            estimate(one, subject, MARKER),
-        )
-        for one in evaluations
-        for subject in headline(one)
-        if not subject.trained
-    ]
-    columns = (
-        Column("model"),
-        Column("shots", "integer"),
-        Column("gold_nll", "estimate", 3, "gold NLL, nats/token"),
-        Column("strict", "percent_estimate", 1, "strict, %"),
-        Column("marker", "percent_estimate", 1, "wrote ####, %"),
-    )
-    return Table("icl_gap", "The base model before any training, by number of shots.", columns, tuple(rows))
-
-
-def paired_comparisons(evaluation: Evaluation) -> dict[Measure, list[Comparison]]:
-    """Every other condition minus the baseline, by measure; empty lists where the baseline was not run."""
-    subjects = headline(evaluation)
-    baseline = find(subjects, BASELINE)
-    others = [subject for subject in subjects if subject.condition != BASELINE]
-    return {m: [compare(evaluation, s, baseline, m) for s in others if baseline] for m in (GOLD_NLL, STRICT, MARKER)}
-
-
-def paired_table(pairs: dict[str, dict[Measure, list[Comparison]]]) -> Table:
-    """Paired differences to the baseline, with p-values adjusted within each model and measure."""
-    rows: list[tuple[Cell, ...]] = []
-    for model, found in pairs.items():
-        adjusted = {measure: holm([one.p_value for one in found[measure]]) for measure in found}
-        for place, nll in enumerate(found[GOLD_NLL]):
-            row: list[Cell] = [model, nll.subject.label, nll.estimate, adjusted[GOLD_NLL][place]]
-            for measure in (STRICT, MARKER):
-                one = found[measure][place]
-                discordant = f"{one.only_subject} : {one.only_baseline}"
-                row += [one.estimate, discordant, adjusted[measure][place]]
-            rows.append(tuple(row))
-    columns = (
-        Column("model"),
-        Column("condition"),
-        Column("gold_nll", "estimate", 3, "Δ gold NLL, nats/token"),
-        Column("gold_nll_p", "p_value", 3, "p"),
-        Column("strict", "percent_estimate", 1, "Δ strict, points"),
-        Column("strict_discordant", heading="strict, only it : only baseline"),
-        Column("strict_p", "p_value", 3, "p (strict)"),
-        Column("marker", "percent_estimate", 1, "Δ wrote ####, points"),
-        Column("marker_discordant", heading="####, only it : only baseline"),
-        Column("marker_p", "p_value", 3, "p (####)"),
-    )
-    caption = (
-        f"Each condition minus {BASELINE} on the same items: paired bootstrap intervals (95 %, unadjusted); p from the "
-        "same bootstrap for NLL, from McNemar's exact test for rates (the bootstrap where there are several seeds), "
-        "Holm-adjusted over the conditions of a model and measure."
-    )
-    return Table("paired", caption, columns, tuple(rows))
-
-
-def checkpoint_table(evaluations: Sequence[Evaluation]) -> Table:
-    """Every saved step of every student, on the test split."""
-    rows: list[tuple[Cell, ...]] = [
-        (one.results.model, subject.condition, step, *(estimate(one, at, m) for m in (GOLD_NLL, STRICT, MARKER)))
-        for one in evaluations
-        for subject in headline(one)
-        if subject.trained
-        for step, at in trajectory(one, subject.condition).items()
-        if step
-    ]
-    columns = (
-        Column("model"),
-        Column("condition"),
-        Column("step", "integer"),
-        Column("gold_nll", "estimate", 3, "gold NLL, nats/token"),
-        Column("strict", "percent_estimate", 1, "strict, %"),
-        Column("marker", "percent_estimate", 1, "wrote ####, %"),
-    )
-    return Table("checkpoints", "Every saved checkpoint on the test split.", columns, tuple(rows))
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down adjustment (1979): the k-th smallest of m counts m - k + 1 times, and never less than before."""
-    order = np.argsort(p_values, kind="stable")
-    factors = np.arange(len(p_values), 0, -1)
-    adjusted = np.empty(len(p_values))
-    adjusted[order] = np.minimum(1.0, np.maximum.accumulate(np.asarray(p_values)[order] * factors))
-    return [float(value) for value in adjusted]
 
 
 def section(

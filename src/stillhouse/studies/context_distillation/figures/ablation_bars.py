@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from stillhouse.reporting.style import BLACK, condition_style, error_bars, figure, save_figure
+from stillhouse.reporting.style import BLACK, condition_style, draw_frame, draw_notice, error_bars, figure, save_figure
 from stillhouse.runtime.commands import run_step
 from stillhouse.studies.context_distillation.comparisons import (
     BASELINE,
@@ -24,7 +24,7 @@ from stillhouse.studies.context_distillation.comparisons import (
     load_evaluations,
     sample_note,
 )
-from stillhouse.studies.context_distillation.figures import FigureStep, draw_frame, draw_notice
+from stillhouse.studies.context_distillation.figures import FigureStep
 from stillhouse.studies.context_distillation.results import Evaluation
 
 

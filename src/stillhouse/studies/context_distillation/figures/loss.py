@@ -12,12 +12,11 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from stillhouse.config.base import StrictModel
-from stillhouse.reporting.style import condition_style, figure, save_figure
+from stillhouse.reporting.style import condition_style, draw_frame, draw_notice, figure, save_figure
 from stillhouse.runtime.commands import run_step
 from stillhouse.runtime.errors import UserError
 from stillhouse.runtime.files import read_json
 from stillhouse.studies.context_distillation.comparisons import BASELINE
-from stillhouse.studies.context_distillation.figures import draw_frame, draw_notice
 
 CROSS_ENTROPY = "ce"  # the term that the study's objective logs
 COLUMNS = 4

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 
-from stillhouse.reporting.style import condition_style, error_bars, figure, save_figure
+from stillhouse.reporting.style import condition_style, draw_frame, error_bars, figure, save_figure
 from stillhouse.runtime.commands import run_step
 from stillhouse.studies.context_distillation.comparisons import (
     BASELINE,
@@ -26,7 +26,7 @@ from stillhouse.studies.context_distillation.comparisons import (
     load_evaluations,
     sample_note,
 )
-from stillhouse.studies.context_distillation.figures import FigureStep, draw_frame
+from stillhouse.studies.context_distillation.figures import FigureStep
 from stillhouse.studies.context_distillation.results import Evaluation
 
 
