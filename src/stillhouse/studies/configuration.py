@@ -20,8 +20,10 @@ from stillhouse.config.resources import ResourceSettings
 from stillhouse.config.training import TrackingSettings
 from stillhouse.runtime.errors import ConfigurationError
 from stillhouse.studies.context_distillation.config import EMBEDDED, ContextDistillationConfig
+from stillhouse.studies.latentwire.config import EMBEDDED as LATENTWIRE_EMBEDDED
+from stillhouse.studies.latentwire.config import LatentWireConfig
 
-STUDIES = ("context_distillation",)
+STUDIES = ("context_distillation", "latentwire")
 
 
 class Configuration(StrictModel):
@@ -33,6 +35,7 @@ class Configuration(StrictModel):
     tracking: TrackingSettings = TrackingSettings()
     resources: ResourceSettings = ResourceSettings()
     context_distillation: ContextDistillationConfig = ContextDistillationConfig()
+    latentwire: LatentWireConfig = LatentWireConfig()
 
     @model_validator(mode="after")
     def names_are_in_the_catalogue(self) -> Configuration:
@@ -54,7 +57,7 @@ class Configuration(StrictModel):
 
 def embedded_configuration() -> Configuration:
     """The configuration of `config/config.yaml`: every study at a size for two cores, from packages alone."""
-    return Configuration.model_validate({"context_distillation": EMBEDDED})
+    return Configuration.model_validate({"context_distillation": EMBEDDED, "latentwire": LATENTWIRE_EMBEDDED})
 
 
 def load_configuration(

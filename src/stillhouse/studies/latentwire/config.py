@@ -7,12 +7,15 @@ the step programs, which receive the resolved leaves; it imports no torch.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
 from stillhouse.config.base import SettingError, StrictModel
+from stillhouse.config.data import DataSettings, SplitSettings
 from stillhouse.config.layering import merge, nearest, relocated
+from stillhouse.config.references import Reference
 from stillhouse.config.sweeps import Sweep
 from stillhouse.config.training import LoraSettings, Precision, ScheduleSettings, TrainingSettings
 from stillhouse.runtime.digests import short_digest
@@ -266,6 +269,12 @@ class RunSettings(StrictModel):
                     ("training", name),
                     "is not read here: set reader.lora or encoder.lora, which train beside frozen models",
                 )
+        if self.training.gradient_checkpointing and (self.reader.deep_prefix or self.reader.prefix_tuning):
+            raise SettingError(
+                ("training", "gradient_checkpointing"),
+                "cannot recompute activations behind the keys and values of reader.deep_prefix or prefix_tuning: "
+                "switch one off",
+            )
         if not any((self.losses.ce, self.losses.first_token, self.losses.first_k, self.losses.needs_teacher)):
             raise SettingError(("losses",), "at least one of ce, first_token, first_k, kd and state_kd must be above 0")
         return self
@@ -282,24 +291,19 @@ class PairSettings(StrictModel):
 
     @model_validator(mode="after")
     def models_differ(self) -> PairSettings:
-        """Refuse a model that is named twice."""
+        """Refuse a model that is named twice, and a name that no module can have."""
+        dotted = [name for name in self.models if "." in name]
+        if dotted:
+            raise ValueError(f"a reader's catalogue name cannot hold a dot (given: {dotted[0]})")
         if len(set(self.models)) < len(self.models):
             raise ValueError(f"models must differ (given: {', '.join(self.models)})")
         return self
 
 
-class SplitSettings(StrictModel):
-    """Where one of our splits comes from: a published split, and how many of its examples."""
-
-    source: Annotated[str, Field(description="Name of the data set's own split.")]
-    size: Annotated[int | None, Field(ge=1, description="Examples; null takes what the other splits leave.")] = None
-
-
-class TaskSettings(StrictModel):
+class TaskSettings(DataSettings):
     """The reading-comprehension data set and its division; articles do not cross from one split to another."""
 
     dataset: str = "squad"
-    split_seed: int = 42
     group_by: str | None = "title"
     train: SplitSettings = SplitSettings(source="train")
     validation: SplitSettings = SplitSettings(source="train", size=1000)
@@ -475,6 +479,17 @@ class LatentWireConfig(StrictModel):
                     ("evaluation", "steps"),
                     f"step {step} is never saved by {condition}: it saves {', '.join(map(str, saved))}",
                 )
+
+    def references(self) -> Iterator[Reference]:
+        """The catalogue names that the study uses: readers, sentence encoders, the data set."""
+        for name, pair in self.pairs.items():
+            for model in pair.models:
+                yield Reference("model", model, ("pairs", name, "models"))
+            for condition in self.trained_conditions:
+                encoder = self.run_settings(name, condition).encoder
+                if encoder.kind == "sentence" and encoder.model is not None:
+                    yield Reference("model", encoder.model, ("condition_settings", condition, "encoder", "model"))
+        yield Reference("data set", self.task.dataset, ("task", "dataset"))
 
     @property
     def trained_conditions(self) -> tuple[str, ...]:
