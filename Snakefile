@@ -15,12 +15,14 @@ include: "rules/common.smk"
 include: "rules/assets.smk"
 include: "rules/data.smk"
 include: "rules/context_distillation.smk"
+include: "rules/latentwire.smk"
 include: "rules/report.smk"
 
 
 wildcard_constraints:
     study=r"[^/]+",
     model=r"[^/]+",
+    pair=r"[^/]+",
     dataset=r"[^/]+",
     condition=r"[^/]+",
     seed=r"\d+",

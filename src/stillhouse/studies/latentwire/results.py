@@ -13,10 +13,15 @@ import pandas as pd
 from pydantic import ValidationError
 
 from stillhouse.config.base import StrictModel
-from stillhouse.evaluation.statistics import Estimate, bootstrap_mean_interval, bootstrap_ratio_interval, wilson_interval
+from stillhouse.evaluation.statistics import (
+    Estimate,
+    bootstrap_mean_interval,
+    bootstrap_ratio_interval,
+    wilson_interval,
+)
 from stillhouse.runtime.errors import UserError
 from stillhouse.runtime.files import disk_errors, read_json
-from stillhouse.studies.latentwire.config import Arm
+from stillhouse.studies.latentwire.config import Arm, WireKind
 
 Split = Literal["validation", "test"]
 
@@ -67,7 +72,7 @@ class Subject:
     condition: str = ""
     seed: int = 0
     step: int = 0
-    wire: str = ""
+    wire: WireKind | Literal[""] = ""
     budget: int = 0
 
     @property
@@ -98,7 +103,7 @@ class Measurement(StrictModel):
     condition: str
     seed: int
     step: int
-    wire: str
+    wire: WireKind | Literal[""]
     budget: int
     split: Split
     items: int
@@ -208,14 +213,15 @@ def load_evaluation(results: Path) -> Evaluation:
 def write_items(items: pd.DataFrame, path: Path) -> None:
     """Write per-item rows with their fixed columns and types."""
     with disk_errors(path):
-        items.reindex(columns=list(ITEM_COLUMNS)).astype(ITEM_COLUMNS).to_parquet(path, index=False)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _typed(items).to_parquet(path, index=False)
 
 
 def measure(items: pd.DataFrame) -> list[Measurement]:
     """One measurement per subject and split."""
     return [
         _measurement(Subject(*key[:-1]), key[-1], group)
-        for key, group in items.groupby([*SUBJECT_COLUMNS, "split"], sort=True)
+        for key, group in _typed(items).groupby([*SUBJECT_COLUMNS, "split"], sort=True)
     ]
 
 
@@ -240,6 +246,10 @@ def select_checkpoints(measurements: list[Measurement], rule: str) -> list[Selec
     return selections
 
 
+def _typed(items: pd.DataFrame) -> pd.DataFrame:
+    return items.reindex(columns=list(ITEM_COLUMNS)).astype(ITEM_COLUMNS)
+
+
 def _measurement(subject: Subject, split: Split, rows: pd.DataFrame) -> Measurement:
     gold = rows[rows["gold_nll"].notna()]
     ranks = gold["first_token_rank"].dropna()
@@ -254,8 +264,7 @@ def _measurement(subject: Subject, split: Split, rows: pd.DataFrame) -> Measurem
         first_at_5=_rate(ranks <= 5),
         top_first_token_share=_top_share(rows["first_token"]),
         **{
-            name: _plain_mean(rows[name])
-            for name in ("bytes", "text_bytes", "prompt_tokens", "text_tokens", "seconds")
+            name: _plain_mean(rows[name]) for name in ("bytes", "text_bytes", "prompt_tokens", "text_tokens", "seconds")
         },
     )
 

@@ -6,19 +6,34 @@ Stands between the arms, which make prompts, and `evaluate`, which keeps rows.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from stillhouse.evaluation.reading_comprehension import SquadVersion, score_reading_answer
 from stillhouse.studies.latentwire.config import AnswerGenerationSettings
 from stillhouse.studies.latentwire.data import AnswerTokens, WireExample, answer_tokens
 from stillhouse.studies.latentwire.reader import Prompt, Reader
 
-Render = Callable[[Sequence[int]], Prompt]
+
+@dataclass(frozen=True)
+class Presentation:
+    """How one arm presents every example to one reader.
+
+    render: the prompts of a batch, from the examples' indices. content: positions that carry the content, per
+    example, without BOS and anchor. bytes: what is sent for each; None where the arm sends nothing that counts.
+    """
+
+    render: Callable[[Sequence[int]], Prompt]
+    content: Sequence[int]
+    bytes: Sequence[int | None]
+
+    @property
+    def order(self) -> list[int]:
+        """The examples, longest first: prompts of like length share a batch."""
+        return sorted(range(len(self.content)), key=lambda index: -self.content[index])
 
 
 @dataclass(frozen=True)
@@ -48,41 +63,45 @@ class ScoringSettings:
 
 @torch.no_grad()
 def score_items(
-    reader: Reader, examples: Sequence[WireExample], render: Render, settings: ScoringSettings, order: Sequence[int]
-) -> list[ItemScore]:
-    """Score all examples; `render` makes the prompts of a batch from the examples' indices.
-
-    `order` lists the indices so that prompts of like length share a batch. Results are in the examples' order.
-    """
+    reader: Reader,
+    examples: Sequence[WireExample],
+    presentation: Presentation,
+    settings: ScoringSettings,
+    indices: Collection[int] | None = None,
+) -> dict[int, ItemScore]:
+    """The scores of the examples at `indices` (None: all)."""
+    wanted = [index for index in presentation.order if indices is None or index in indices]
     scores: dict[int, ItemScore] = {}
-    for start in range(0, len(order), settings.batch_size):
-        indices = order[start : start + settings.batch_size]
+    for batch in batches(wanted, settings.batch_size):
         began = time.monotonic()
-        prompt = render(indices)
-        batch = _gold_scores(reader, prompt, [examples[index] for index in indices])
+        prompt = presentation.render(batch)
+        found = _gold_scores(reader, prompt, [examples[index] for index in batch])
         if settings.generation is not None:
             outputs = reader.generate(prompt, settings.generation)
-            batch = [replace(one, output=output) for one, output in zip(batch, outputs, strict=True)]
-        seconds = (time.monotonic() - began) / len(indices)
-        scores |= {index: replace(one, seconds=seconds) for index, one in zip(indices, batch, strict=True)}
-    return [scores[index] for index in range(len(examples))]
+            found = [replace(one, output=output) for one, output in zip(found, outputs, strict=True)]
+        seconds = (time.monotonic() - began) / len(batch)
+        scores |= {index: replace(one, seconds=seconds) for index, one in zip(batch, found, strict=True)}
+    return scores
 
 
 @torch.no_grad()
-def candidate_nll(reader: Reader, prompt: Prompt, candidates: Sequence[str]) -> Tensor:
-    """Nats per token of one candidate answer per prompt, [batch], its end included."""
-    answers = answer_tokens([reader.answer_ids(candidate) for candidate in candidates])
-    sums, counts = _sums(reader, prompt, answers)[:2]
-    return sums / counts
+def candidate_nll(
+    reader: Reader, presentation: Presentation, candidates: Sequence[str], batch_size: int
+) -> list[float]:
+    """Nats per token of one candidate answer per example, its end included."""
+    nll = [0.0] * len(candidates)
+    for batch in batches(presentation.order, batch_size):
+        answers = answer_tokens([reader.answer_ids(candidates[index]) for index in batch])
+        sums, counts, _ = _sums(reader, presentation.render(batch), answers)
+        for index, value in zip(batch, (sums / counts).tolist(), strict=True):
+            nll[index] = value
+    return nll
 
 
-def graded(score: ItemScore, example: WireExample, version: SquadVersion) -> dict[str, object]:
-    """The item's columns: the score, and the output against all gold answers."""
-    row: dict[str, object] = dict(vars(score))
-    if score.output is not None:
-        grade = score_reading_answer(score.output, example.answers, version)
-        row |= {"exact": grade.exact, "f1": grade.f1}
-    return row
+def batches(indices: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    """Consecutive parts of at most `size`."""
+    for start in range(0, len(indices), size):
+        yield indices[start : start + size]
 
 
 def _gold_scores(reader: Reader, prompt: Prompt, examples: Sequence[WireExample]) -> list[ItemScore]:
