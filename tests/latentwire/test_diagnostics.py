@@ -11,7 +11,7 @@ from sklearn.decomposition import PCA
 
 from stillhouse.runtime.errors import UserError
 from stillhouse.studies.latentwire.channel import Channel
-from stillhouse.studies.latentwire.curves import read_diagnostics
+from stillhouse.studies.latentwire.curves import append_diagnostics, read_diagnostics
 from stillhouse.studies.latentwire.diagnostics import Diagnostics, IncrementalPca, between_share
 from tests.latentwire.tiny_readers import FAMILIES, make_families
 from tests.latentwire.tiny_study import load_readers, run_settings
@@ -64,8 +64,8 @@ def test_latents_that_do_not_depend_on_the_text_have_no_variance_between_texts()
     assert between_share(torch.randn(3, 1, 5, generator=torch.Generator().manual_seed(1))) == pytest.approx(1)
 
 
-def test_a_row_measures_what_the_readers_get(channel: Channel, tmp_path: Path) -> None:
-    row = Diagnostics(tmp_path / "rows.jsonl", TEXTS, every=1).row(channel.eval(), step=7)
+def test_a_row_measures_what_the_readers_get(channel: Channel) -> None:
+    row = Diagnostics(TEXTS)(channel.eval(), step=7)
     assert (row.step, row.texts, set(row.readers)) == (7, 3, set(FAMILIES))
     with torch.no_grad():
         latents = channel.encode(TEXTS)
@@ -80,24 +80,21 @@ def test_a_row_measures_what_the_readers_get(channel: Channel, tmp_path: Path) -
             assert found.first_token_share == max(np.bincount(first.numpy())) / 3
 
 
-def test_rows_are_written_when_due_and_a_resumed_run_replaces_what_comes_after_it(
-    channel: Channel, tmp_path: Path
-) -> None:
-    path = tmp_path / "rows.jsonl"
-    look = Diagnostics(path, TEXTS, every=2)
-    for step in range(1, 6):
-        look(channel, step, last=step == 5)
+def test_a_resumed_run_replaces_the_rows_that_come_after_it(channel: Channel, tmp_path: Path) -> None:
+    path, look = tmp_path / "rows.jsonl", Diagnostics(TEXTS)
+    for step in (2, 4, 5):
+        append_diagnostics(path, look(channel, step))
     assert [row.step for row in read_diagnostics(path)] == [2, 4, 5]
-    Diagnostics(path, TEXTS, every=2)(channel, 4)
+    append_diagnostics(path, look(channel, 4))
     assert [row.step for row in read_diagnostics(path)] == [2, 4]
     path.write_text("{damaged\n")
     with pytest.raises(UserError, match=r"rows\.jsonl: cannot be read"):
         read_diagnostics(path)
 
 
-def test_a_look_leaves_random_state_mode_and_gradients_as_they_were(channel: Channel, tmp_path: Path) -> None:
+def test_a_look_leaves_random_state_mode_and_gradients_as_they_were(channel: Channel) -> None:
     channel.train()
     state = torch.get_rng_state()
-    Diagnostics(tmp_path / "rows.jsonl", TEXTS, every=1)(channel, 1)
+    Diagnostics(TEXTS)(channel, 1)
     assert torch.equal(state, torch.get_rng_state()) and channel.training
     assert all(parameter.grad is None for parameter in channel.parameters())

@@ -1,22 +1,22 @@
 """A look at a channel while it trains: sizes, directions and collapse of Z and of the prefixes, on real texts.
 
-`train` calls `Diagnostics` every few steps; each look is a row of `diagnostics.jsonl`. It draws no random number and
-leaves the channel as it was, so training is the same with and without it.
+`train` looks every few steps; each look is a row of `diagnostics.jsonl`. It draws no random number and leaves the
+channel as it was, so training is the same with and without it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from stillhouse.studies.latentwire.channel import Channel, Latents
-from stillhouse.studies.latentwire.curves import DiagnosticsRow, ReaderDiagnostics, append_diagnostics
+from stillhouse.studies.latentwire.curves import DiagnosticsRow, ReaderDiagnostics
 from stillhouse.studies.latentwire.reader import Reader
 
 COMPONENTS = 16
+TEXTS = 32
 _BATCH = 16
 
 
@@ -77,26 +77,24 @@ def between_share(vectors: Tensor) -> float:
 
 
 class Diagnostics:
-    """Writes the rows of one run; the texts, and what is measured of their embeddings, stay the same throughout."""
+    """Looks at a channel through the same texts each time; what is measured of their embeddings is measured once."""
 
-    def __init__(self, path: Path, texts: Sequence[str], every: int) -> None:
+    def __init__(self, texts: Sequence[str]) -> None:
+        """texts: the first `TEXTS` of them are looked at; ValueError where there are none."""
         if not texts:
             raise ValueError("diagnostics need at least one text")
-        self.path, self.texts, self.every = path, list(texts), every
+        self.texts = list(texts[:TEXTS])
         self._embeddings: dict[str, tuple[IncrementalPca, float]] = {}
 
-    def __call__(self, channel: Channel, step: int, last: bool = False) -> None:
-        """Append a row if `step` is a multiple of `every`, or the last one."""
-        if step % self.every and not last:
-            return
+    @torch.no_grad()
+    def __call__(self, channel: Channel, step: int) -> DiagnosticsRow:
+        """The row of this moment; the channel's mode is as before after it."""
         training = channel.training
-        channel.eval()
-        with torch.no_grad():
-            append_diagnostics(self.path, self.row(channel, step))
+        row = self._row(channel.eval(), step)
         channel.train(training)
+        return row
 
-    def row(self, channel: Channel, step: int) -> DiagnosticsRow:
-        """The measurements of this moment."""
+    def _row(self, channel: Channel, step: int) -> DiagnosticsRow:
         batches = [self.texts[start : start + _BATCH] for start in range(0, len(self.texts), _BATCH)]
         latents = [channel.encode(batch) for batch in batches]
         messages = torch.cat([one.message() for one in latents]).float()
