@@ -17,6 +17,7 @@ from stillhouse.config.base import StrictModel
 from stillhouse.config.training import TrackingSettings
 from stillhouse.models.output_head import require_plain_head
 from stillhouse.runtime.commands import run_step
+from stillhouse.runtime.errors import UserError
 from stillhouse.runtime.files import verify_manifest, write_manifest
 from stillhouse.runtime.logs import log_to_file, logger
 from stillhouse.runtime.records import RunRecord, fingerprint
@@ -134,7 +135,11 @@ def teachers(step: TrainStep, readers: dict[str, Reader]) -> dict[str, TextTeach
         return {}
     for reader in readers.values():
         require_plain_head(reader.model)
-    if step.caches:
+    if step.run.teacher.targets == "cached":
+        if len(step.caches) != len(readers):
+            raise UserError(
+                f"caches: has {len(step.caches)} teacher caches for {len(readers)} models: name one for each"
+            )
         named = zip(step.caches, readers.items(), strict=True)
         return {name: CachedTeacher(cache, reader) for cache, (name, reader) in named}
     return {name: OnlineTeacher(reader, step.run.teacher.batch_tokens) for name, reader in readers.items()}
