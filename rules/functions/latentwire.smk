@@ -10,7 +10,9 @@ WIRE_CHANNELS = [
     for seed in WIRE.seeds
 ]
 WIRE_EVALUATION = f"{WIRE_RESULTS}/{{pair}}/evaluation"
-WIRE_MODELS = sorted({model for pair in WIRE.pairs.values() for model in pair.models})
+WIRE_MODELS = sorted(
+    {model for pair in WIRE.pairs for model in WIRE.pair_settings[pair].models}
+)
 WIRE_ENCODERS = sorted(
     {
         run.encoder.model
@@ -21,8 +23,8 @@ WIRE_ENCODERS = sorted(
 )
 WIRE_CACHES = [
     f"{WIRE_RESULTS}/{pair}/teacher_cache/{model}/{cache}"
-    for pair, entry in WIRE.pairs.items()
-    for model in entry.models
+    for pair in WIRE.pairs
+    for model in WIRE.pair_settings[pair].models
     for cache in WIRE.caches(pair)
 ]
 
@@ -45,7 +47,7 @@ LATENTWIRE_TARGETS = {
 
 def wire_pair(wildcards):
     """The pair of readers that a path names."""
-    return WIRE.pairs[known("pair", wildcards.pair, WIRE.pairs)]
+    return WIRE.pair_settings[known("pair", wildcards.pair, WIRE.pairs)]
 
 
 def wire_models(wildcards):

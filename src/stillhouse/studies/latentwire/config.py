@@ -396,6 +396,12 @@ class EvaluationSettings(StrictModel):
     batch_size: Annotated[int, Field(ge=1, description="Items decoded at once.")] = 16
 
 
+PAIRS = {
+    "smollm2_gemma3": PairSettings(models=("smollm2_135m", "gemma3_270m")),
+    "three_families": PairSettings(models=("smollm2_135m", "gemma3_270m", "qwen25_coder_05b")),
+    "llama31_qwen25": PairSettings(models=("llama31_8b_instruct", "qwen25_7b_instruct")),
+}
+
 CONDITIONS: dict[str, Overrides] = {
     "latent": {},
     "private_latents": {"latent": {"private": 4}},
@@ -418,9 +424,12 @@ CONDITIONS: dict[str, Overrides] = {
 class LatentWireConfig(StrictModel):
     """The whole study: which pairs, conditions and seeds run, and what each of them overrides."""
 
-    pairs: Annotated[dict[str, PairSettings], Field(min_length=1, description="Readers of one Z, by name.")] = {
-        "smollm2_gemma3": PairSettings(models=("smollm2_135m", "gemma3_270m"))
-    }
+    pairs: Annotated[tuple[str, ...], Field(min_length=1, description="Pairs to train channels for and report.")] = (
+        "smollm2_gemma3",
+    )
+    pair_settings: Annotated[
+        dict[str, PairSettings], Field(description="The readers of one Z by name; a new name is a new pair.")
+    ] = PAIRS
     conditions: Annotated[tuple[str, ...], Field(min_length=1, description="Channels to train and report.")] = (
         "latent",
         "prefix_kd",
@@ -437,6 +446,10 @@ class LatentWireConfig(StrictModel):
     @model_validator(mode="after")
     def names_are_known_and_runs_resolve(self) -> LatentWireConfig:
         """Refuse unknown conditions, and overrides that do not make valid settings for a pair."""
+        for pair in self.pairs:
+            if pair not in self.pair_settings:
+                remedy = nearest(pair, list(self.pair_settings), "pairs")
+                raise SettingError(("pairs",), f"unknown pair '{pair}': {remedy}")
         valid = list(self.condition_settings)
         for name in (*self.conditions, *(sweep.condition for sweep in self.sweeps.values())):
             if name not in valid:
@@ -456,7 +469,7 @@ class LatentWireConfig(StrictModel):
 
     def _check_latents(self, pair: str, condition: str) -> None:
         """Refuse latents that the pair cannot share out, and an encoder that is no model of the pair."""
-        run, models = self.run_settings(pair, condition), self.pairs[pair].models
+        run, models = self.run_settings(pair, condition), self.pair_settings[pair].models
         where = ("condition_settings", condition)
         if run.latent.shared(len(models)) < 0:
             raise SettingError(
@@ -482,11 +495,11 @@ class LatentWireConfig(StrictModel):
 
     def references(self) -> Iterator[Reference]:
         """The catalogue names that the study uses: readers, sentence encoders, the data set."""
-        for name, pair in self.pairs.items():
-            for model in pair.models:
-                yield Reference("model", model, ("pairs", name, "models"))
+        for pair in self.pairs:
+            for model in self.pair_settings[pair].models:
+                yield Reference("model", model, ("pair_settings", pair, "models"))
             for condition in self.trained_conditions:
-                encoder = self.run_settings(name, condition).encoder
+                encoder = self.run_settings(pair, condition).encoder
                 if encoder.kind == "sentence" and encoder.model is not None:
                     yield Reference("model", encoder.model, ("condition_settings", condition, "encoder", "model"))
         yield Reference("data set", self.task.dataset, ("task", "dataset"))
@@ -504,7 +517,8 @@ class LatentWireConfig(StrictModel):
 
     def run_settings(self, pair: str, condition: str) -> RunSettings:
         """The settings of one channel; raises ValueError that names the layer and key at fault."""
-        layers: list[tuple[tuple[str, ...], Overrides]] = [(("pairs", pair, "settings"), self.pairs[pair].settings)]
+        own = self.pair_settings[pair].settings
+        layers: list[tuple[tuple[str, ...], Overrides]] = [(("pair_settings", pair, "settings"), own)]
         points = {point.name: (sweep, point) for sweep in self.sweeps.values() for point in sweep.points()}
         if condition in points:
             sweep, point = points[condition]
