@@ -9,7 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 from pydantic import ValidationError
 
 from stillhouse.config.base import StrictModel
@@ -269,9 +271,19 @@ def _measurement(subject: Subject, split: Split, rows: pd.DataFrame) -> Measurem
     )
 
 
+def share_interval(values: ArrayLike) -> Estimate:
+    """Mean of values in [0, 1], such as F1, with its interval.
+
+    Never narrower than Wilson's of as many whole successes: the bootstrap's is a point where every value is 0 or 1.
+    """
+    shares = np.asarray(values, dtype=float)
+    mean, whole = bootstrap_mean_interval(shares), wilson_interval(round(shares.sum()), len(shares))
+    return Estimate(mean.value, min(mean.low, whole.low), max(mean.high, whole.high), mean.n)
+
+
 def _mean(values: pd.Series) -> Interval | None:
     values = values.dropna()
-    return None if values.empty else _interval(bootstrap_mean_interval(values.astype(float)))
+    return None if values.empty else _interval(share_interval(values))
 
 
 def _rate(values: pd.Series) -> Interval | None:
