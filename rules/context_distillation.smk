@@ -95,6 +95,7 @@ rule context_distillation_evaluate:
         model="resources/models/{model}",
         data=CONTEXT_DATA,
         students=CONTEXT_STUDENTS,
+        transfer=CONTEXT_TRANSFER,
     output:
         results=f"{CONTEXT_EVALUATION}/results.json",
         item_scores=f"{CONTEXT_EVALUATION}/items.parquet",

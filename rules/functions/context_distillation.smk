@@ -15,6 +15,9 @@ CONTEXT_STUDENTS = [
     for condition in CONTEXT.trained_conditions
     for seed in CONTEXT.seeds
 ]
+CONTEXT_TRANSFER = expand(
+    "resources/datasets/{dataset}", dataset=CONTEXT.evaluation.transfer
+)
 CONTEXT_EVALUATION = f"{CONTEXT_RESULTS}/{{model}}/evaluation"
 
 CONTEXT_DISTILLATION_TARGETS = {
@@ -27,6 +30,7 @@ CONTEXT_DISTILLATION_TARGETS = {
     "section": ["results/context_distillation/section.md"],
     "records": [
         f"resources/datasets/{CONTEXT.task.dataset}",
+        *CONTEXT_TRANSFER,
         CONTEXT_DATA,
         *expand("resources/models/{model}", model=CONTEXT.models),
         *[
@@ -100,6 +104,10 @@ def context_evaluate_settings(wildcards):
         dataset=CONTEXT.task.dataset,
         dataset_note=CONFIGURATION.datasets[CONTEXT.task.dataset].note,
         task=CONFIGURATION.datasets[CONTEXT.task.dataset].task,
+        transfer_tasks={
+            name: CONFIGURATION.datasets[name].task
+            for name in CONTEXT.evaluation.transfer
+        },
         conditions=CONTEXT.conditions,
         prompt_format=CONTEXT.model_defaults(wildcards.model).prompt_format,
         evaluation=CONTEXT.evaluation,

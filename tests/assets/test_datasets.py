@@ -94,6 +94,22 @@ def test_arithmetic_is_answered_with_the_number_alone(tmp_path: Path) -> None:
     assert read_problems(tmp_path / "out/test.jsonl")[0].answer == "#### 96"
 
 
+@pytest.mark.parametrize(
+    ("reader", "row", "question", "answer"),
+    [
+        ("svamp", {"Body": "Ann has 3.", "Question": "And twice?", "Answer": "6.0"}, "Ann has 3. And twice?", "#### 6"),
+        ("multi_arith", {"question": "Twice 3? ", "final_ans": "6"}, "Twice 3?", "#### 6"),
+        ("asdiv", {"body": "Ann has 3.", "question": "And?", "answer": "9 (apples)"}, "Ann has 3. And?", "#### 9"),
+    ],
+)
+def test_short_arithmetic_is_answered_with_the_number_alone(
+    tmp_path: Path, reader: str, row: dict[str, Any], question: str, answer: str
+) -> None:
+    main(step(write_jsonl(tmp_path / "a.jsonl", [row]), tmp_path / "out", reader=reader))
+    [problem] = read_problems(tmp_path / "out/test.jsonl")
+    assert (problem.question, problem.answer) == (question, answer)
+
+
 IFEVAL_ROW = {
     "key": 7,
     "prompt": "Name a fish, without commas. ",

@@ -46,6 +46,7 @@ TINY_STUDY: dict[str, Any] = {
         "generation": {"max_new_tokens": 8},
         "few_shot_counts": [2],
         "generated_items": 4,
+        "transfer": {"tiny_sums": {"source": "all", "size": 3}},
     },
 }
 
@@ -115,6 +116,9 @@ def make_workflow(directory: Path, model: Path, study: dict[str, Any] | None = N
                 "answer": f"{number} + {number + 1} = {2 * number + 1}\n#### {2 * number + 1}",
             }
             stream.write(json.dumps(record) + "\n")
+    sums = [{"question": f"What is {n} and {n}?", "final_ans": str(2 * n)} for n in range(5)]
+    (directory / "assets" / "sums").mkdir()
+    (directory / "assets" / "sums" / "all.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sums))
     shutil.copytree(model, directory / "assets" / "tiny")
     write_config(directory / "tiny.yaml", study or {})
     return Workflow(directory)
@@ -136,7 +140,13 @@ def write_config(path: Path, study: dict[str, Any]) -> None:
                 "splits": {"all": "all.jsonl"},
                 "licence": "none",
                 "sources": [{"kind": "path", "path": "assets/arithmetic"}],
-            }
+            },
+            "tiny_sums": {
+                "reader": "multi_arith",
+                "splits": {"all": "all.jsonl"},
+                "licence": "none",
+                "sources": [{"kind": "path", "path": "assets/sums"}],
+            },
         },
         "context_distillation": merged(TINY_STUDY, study),
     }

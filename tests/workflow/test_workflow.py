@@ -46,6 +46,8 @@ def test_everything_that_was_asked_for_is_made(finished: Workflow) -> None:
             assert (results / f"figures/context_distillation/{figure}.{suffix}").stat().st_size > 1000
     assert list((results / "tables/context_distillation").glob("*.tex"))
     assert list((results / "tables/context_distillation").glob("*.csv"))
+    transfer = (results / "tables/context_distillation/transfer.csv").read_text()
+    assert "tiny,tiny_sums,baseline" in transfer
     record = json.loads((results / "context_distillation/tiny/students/online_v1/seed_42/run.json").read_text())
     assert record["settings"]["run"]["distillation"]["top_k"] == 8
     assert {"code", "data", "git", "packages", "devices", "seconds", "peak_memory_mib"} <= set(record)

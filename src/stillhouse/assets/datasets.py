@@ -158,6 +158,27 @@ def _basic_arithmetic(row: Row) -> Row:
     return _problem(row["question"], f"#### {options[row['answerKey']]}")
 
 
+def _svamp(row: Row) -> Row:
+    """SVAMP (arXiv 2103.07191): a story and a question; the answer is the number alone."""
+    return _problem(f"{row['Body'].strip()} {row['Question'].strip()}", f"#### {_plain_number(row['Answer'])}")
+
+
+def _multi_arith(row: Row) -> Row:
+    """MultiArith (Roy and Roth 2015): the answer is the number alone."""
+    return _problem(row["question"], f"#### {_plain_number(row['final_ans'])}")
+
+
+def _asdiv(row: Row) -> Row:
+    """ASDiv (arXiv 2106.15772): a story and a question; of `9 (apples)` the number is kept."""
+    number = row["answer"].partition("(")[0].strip()
+    return _problem(f"{row['body'].strip()} {row['question'].strip()}", f"#### {_plain_number(number)}")
+
+
+def _plain_number(text: str) -> str:
+    """`145.0` as `145`; what is no number stays as it is."""
+    return text.strip().removesuffix(".0")
+
+
 def _ifeval_like(row: Row) -> Row:
     """Prompts with IFEval's verifiable constraints (arXiv 2311.07911) and a response; `kwargs` a list or its JSON."""
     arguments = json.loads(row["kwargs"]) if isinstance(row["kwargs"], str) else row["kwargs"]
@@ -220,6 +241,9 @@ READERS: dict[str, Callable[[Row], Row]] = {
     "math": _math,
     "commonsense_qa": _commonsense_qa,
     "basic_arithmetic": _basic_arithmetic,
+    "svamp": _svamp,
+    "multi_arith": _multi_arith,
+    "asdiv": _asdiv,
     "ifeval_like": _ifeval_like,
     "alpaca": _alpaca,
     "text": _text,

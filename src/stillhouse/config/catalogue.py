@@ -211,6 +211,24 @@ DATASETS: dict[str, DatasetEntry] = {
         licence="ODC-BY",
         note="sums of two numbers, for transfer; no word problems, so not SVAMP, MultiArith or ASDiv",
     ),
+    "svamp": DatasetEntry(
+        reader="svamp",
+        splits={"train": "data/train-*.parquet", "test": "data/test-*.parquet"},
+        sources=(HubSource(repo="ChilleD/SVAMP"),),
+        licence="MIT",
+    ),
+    "multi_arith": DatasetEntry(
+        reader="multi_arith",
+        splits={"train": "data/train-*.parquet", "test": "data/test-*.parquet"},
+        sources=(HubSource(repo="ChilleD/MultiArith"),),
+        licence="see the source",
+    ),
+    "asdiv": DatasetEntry(
+        reader="asdiv",
+        splits={"validation": "asdiv/validation-*.parquet"},
+        sources=(HubSource(repo="EleutherAI/asdiv"),),
+        licence="CC BY-NC 4.0",
+    ),
     "ifeval_like": DatasetEntry(
         task="instruction_following",
         reader="ifeval_like",

@@ -89,7 +89,7 @@ def _served_ranks() -> tuple[int, ...]:
 
 def _set_environment() -> None:
     """Set vLLM's variables, before its import; what the user has set stays."""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     if not torch.cuda.is_available():
         # One process and no compilation: a start takes 13 s instead of 34 s.

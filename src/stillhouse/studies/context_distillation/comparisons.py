@@ -121,10 +121,10 @@ def load_evaluations(results: Sequence[Path]) -> list[Evaluation]:
     return [Evaluation(one.results, one.items.set_index([*ITEM_INDEX, "item_id"]).sort_index()) for one in loaded]
 
 
-def headline(evaluation: Evaluation) -> list[Subject]:
+def headline(evaluation: Evaluation, split: str = "test") -> list[Subject]:
     """Every condition at its headline checkpoint, in the configured order."""
     groups: dict[tuple[str, int], list[Measurement]] = {}
-    for measurement in evaluation.results.headline("test"):
+    for measurement in evaluation.results.headline(split):
         groups.setdefault((measurement.condition, measurement.shots), []).append(measurement)
     return [Subject(condition, shots, tuple(group)) for (condition, shots), group in groups.items()]
 

@@ -189,6 +189,11 @@ class TaskSettings(DataSettings):
 class EvaluationSettings(StrictModel):
     """How every condition and checkpoint of a model is scored."""
 
+    transfer: Annotated[
+        dict[str, SplitSettings],
+        Field(description="Further data sets to score on, by name: a published split, its first `size` items."),
+    ] = {}
+
     engine: EngineSettings = EngineSettings()
     generation: GenerationSettings = GenerationSettings()
     few_shot_counts: Annotated[
@@ -299,6 +304,8 @@ class ContextDistillationConfig(StrictModel):
                 if teacher is not None:
                     yield Reference("model", teacher, ("condition_settings", condition))
         yield Reference("data set", self.task.dataset, ("task", "dataset"))
+        for dataset in self.evaluation.transfer:
+            yield Reference("data set", dataset, ("evaluation", "transfer"))
 
     @property
     def trained_conditions(self) -> tuple[str, ...]:

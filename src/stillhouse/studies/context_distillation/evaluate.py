@@ -49,9 +49,9 @@ from stillhouse.studies.context_distillation.config import EvaluationSettings
 from stillhouse.studies.context_distillation.results import (
     SUBJECT_COLUMNS,
     ModelResults,
-    Split,
     measure,
     select_checkpoints,
+    transfer_split,
     write_items,
 )
 
@@ -72,6 +72,7 @@ class EvaluateStep(StrictModel):
     model: Path
     data: Path
     students: tuple[Path, ...] = ()
+    transfer: tuple[Path, ...] = ()
     results: Path
     item_scores: Path
     record: Path
@@ -81,6 +82,7 @@ class EvaluateStep(StrictModel):
     dataset: str
     dataset_note: str
     task: Task
+    transfer_tasks: dict[str, Task] = {}
     conditions: tuple[str, ...]
     prompt_format: PromptFormat
     evaluation: EvaluationSettings
@@ -105,17 +107,19 @@ class Subject:
 
 @dataclass(frozen=True)
 class Questions:
-    """The items of one split, and how many of the first of them get a generated answer."""
+    """The items of one split, how their answers are scored, and how many of the first of them are answered."""
 
-    split: Split
+    split: str
+    task: Task
     problems: list[Problem]
     generated: int | None
 
 
 def main(step: EvaluateStep) -> None:
     """Score all subjects and write results.json, items.parquet and run.json."""
-    inputs = {"model": step.model, "data": step.data, **{str(path): path for path in step.students}}
-    if step.task == "instruction_following":
+    inputs = {"model": step.model, "data": step.data}
+    inputs |= {str(path): path for path in (*step.students, *step.transfer)}
+    if "instruction_following" in (step.task, *step.transfer_tasks.values()):
         check_instruction_scorer()
     with RunRecord(MODULE, step, inputs) as record:
         for path in inputs.values():
@@ -169,15 +173,23 @@ class EvaluationJob:
         self.questions = [
             Questions(
                 "validation",
+                step.task,
                 read_problems(step.data / "validation.jsonl")[: settings.validation_items],
                 validated,
             ),
             Questions(
                 "test",
+                step.task,
                 read_problems(step.data / "test.jsonl")[: settings.test_items],
                 settings.generated_items,
             ),
         ]
+        for dataset in step.transfer:
+            split = settings.transfer[dataset.name]
+            problems = read_problems(dataset / f"{split.source}.jsonl")[: split.size]
+            self.questions.append(
+                Questions(transfer_split(dataset.name), step.transfer_tasks[dataset.name], problems, None)
+            )
         self.engine = "none"
         self.computed = self.kept = 0
         self._facts = {
@@ -186,6 +198,9 @@ class EvaluationJob:
             "code": code_digests(MODULE),
             "prompt_format": step.prompt_format,
             "shots_seed": settings.shots_seed,
+            "transfer": {
+                path.name: [data_digest(path), settings.transfer[path.name].model_dump()] for path in step.transfer
+            },
         }
 
     def shots(self, subject: Subject) -> list[Shot]:
@@ -195,8 +210,8 @@ class EvaluationJob:
         return evaluation_shots(self.training_problems, subject.shots, self.step.evaluation.shots_seed)
 
     def questions_for(self, subject: Subject) -> list[Questions]:
-        """Both splits for a checkpoint; test alone for the base, of which there is nothing to choose."""
-        return [questions for questions in self.questions if subject.checkpoint or questions.split == "test"]
+        """Every split for a checkpoint; all but validation for the base, of which there is nothing to choose."""
+        return [questions for questions in self.questions if subject.checkpoint or questions.split != "validation"]
 
     def gold_nll(self, subjects: list[Subject]) -> pd.DataFrame:
         """The gold answers' NLL, one row per subject and item of both splits."""
@@ -276,14 +291,14 @@ class EvaluationJob:
                     done.text,
                     len(done.token_ids),
                     done.finished,
-                    *self._score(done.text, problem),
+                    *self._score(done.text, problem, questions.task),
                 )
                 for problem, done in zip(problems, completions, strict=True)
             ]
         return pd.DataFrame(rows, columns=["split", "item_id", *ANSWER_COLUMNS]).assign(engine=type(engine).__name__)
 
-    def _score(self, output: str, problem: Problem) -> tuple[bool, bool, bool]:
-        score = SCORERS[self.step.task](output, problem.gold)
+    def _score(self, output: str, problem: Problem, task: Task) -> tuple[bool, bool, bool]:
+        score = SCORERS[task](output, problem.gold)
         strict = score.strict_correct
         if self.step.evaluation.scorer == "as_published":
             strict = published_correct(output, problem.answer)

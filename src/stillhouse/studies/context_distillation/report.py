@@ -37,6 +37,7 @@ from stillhouse.studies.context_distillation.tables import (
     headline_table,
     paired_comparisons,
     paired_table,
+    transfer_table,
 )
 
 FIGURES = {
@@ -82,14 +83,18 @@ def main(step: ReportStep) -> None:
     evaluations = load_evaluations(step.results)
     pairs = {one.results.model: paired_comparisons(one) for one in evaluations}
     tables = [headline_table(evaluations), gap_table(evaluations), paired_table(pairs), checkpoint_table(evaluations)]
+    transfer = transfer_table(evaluations)
     with staged_directory(step.tables) as directory:
-        for table in tables:
+        for table in [*tables, *([transfer] if transfer else [])]:
             write_table(table, directory)
-    atomic_write_text(step.section, section(evaluations, pairs, tables))
+    atomic_write_text(step.section, section(evaluations, pairs, tables, transfer))
 
 
 def section(
-    evaluations: Sequence[Evaluation], pairs: dict[str, dict[Measure, list[Comparison]]], tables: Sequence[Table]
+    evaluations: Sequence[Evaluation],
+    pairs: dict[str, dict[Measure, list[Comparison]]],
+    tables: Sequence[Table],
+    transfer: Table | None,
 ) -> str:
     """The study's section in Markdown."""
     first = evaluations[0].results
@@ -107,6 +112,7 @@ def section(
         "### Against the baseline",
         paired,
         links,
+        *(["### Transfer", transfer.to_markdown()] if transfer else []),
         "### Checkpoints",
         f"<details><summary>Every checkpoint</summary>\n\n{checkpoints}\n</details>",
         "### Data, models and protocol",

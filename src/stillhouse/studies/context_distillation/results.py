@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import pandas as pd
 from pydantic import ValidationError
@@ -17,7 +16,7 @@ from stillhouse.evaluation.statistics import Estimate, bootstrap_ratio_interval,
 from stillhouse.runtime.errors import UserError
 from stillhouse.runtime.files import disk_errors, read_json
 
-Split = Literal["validation", "test"]
+TRANSFER = "transfer:"
 
 # One row per subject and item. `output` and the scores are null where nothing was generated.
 ITEM_COLUMNS = {
@@ -67,7 +66,7 @@ class Measurement(StrictModel):
     seed: int
     step: int
     shots: int
-    split: Split
+    split: str
     gold_nll: PerToken
     strict: Count | None
     flexible: Count | None
@@ -102,14 +101,25 @@ class ModelResults(StrictModel):
         steps = {(choice.condition, choice.seed): choice.step for choice in self.selections}
         return steps.get((condition, seed), 0)
 
-    def of(self, split: Split, condition: str | None = None) -> list[Measurement]:
+    def of(self, split: str, condition: str | None = None) -> list[Measurement]:
         """The measurements on one split, of one condition where named, by seed and step."""
         chosen = [m for m in self.measurements if m.split == split and condition in (None, m.condition)]
         return sorted(chosen, key=lambda m: (self.conditions.index(m.condition), m.shots, m.seed, m.step))
 
-    def headline(self, split: Split) -> list[Measurement]:
+    def headline(self, split: str) -> list[Measurement]:
         """One measurement per condition, shots and seed: the selected checkpoint's."""
         return [m for m in self.of(split) if m.step == self.selected_step(m.condition, m.seed)]
+
+    @property
+    def transfer_datasets(self) -> list[str]:
+        """The further data sets that were scored."""
+        splits = dict.fromkeys(m.split for m in self.measurements)
+        return [split.removeprefix(TRANSFER) for split in splits if split.startswith(TRANSFER)]
+
+
+def transfer_split(dataset: str) -> str:
+    """How rows and measurements of a further data set name their split; the others are validation and test."""
+    return f"{TRANSFER}{dataset}"
 
 
 @dataclass(frozen=True)

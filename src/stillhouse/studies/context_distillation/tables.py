@@ -22,7 +22,7 @@ from stillhouse.studies.context_distillation.comparisons import (
     trajectory,
 )
 from stillhouse.studies.context_distillation.figures.checkpoint_curve import chosen_by
-from stillhouse.studies.context_distillation.results import Evaluation
+from stillhouse.studies.context_distillation.results import Evaluation, transfer_split
 
 
 def headline_table(evaluations: Sequence[Evaluation]) -> Table:
@@ -129,6 +129,32 @@ def paired_table(pairs: dict[str, dict[Measure, list[Comparison]]]) -> Table:
         "bootstrap where there are several seeds), Holm-adjusted over the conditions of a model and measure."
     )
     return Table("paired", caption, columns, tuple(rows))
+
+
+def transfer_table(evaluations: Sequence[Evaluation]) -> Table | None:
+    """Every condition at its headline checkpoint on each further data set; None where none was scored."""
+    rows: list[tuple[Cell, ...]] = []
+    for one in evaluations:
+        for dataset in one.results.transfer_datasets:
+            subjects = headline(one, transfer_split(dataset))
+            baseline = find(subjects, BASELINE)
+            for subject in subjects:
+                row: list[Cell] = [one.results.model, dataset, subject.label]
+                row += [estimate(one, subject, measure) for measure in (GOLD_NLL, STRICT, FLEXIBLE)]
+                paired = compare(one, subject, baseline, GOLD_NLL).estimate if baseline not in (None, subject) else None
+                rows.append((*row, paired, estimate(one, subject, STRICT).n))
+    columns = (
+        Column("model"),
+        Column("dataset", heading="data set"),
+        Column("condition"),
+        Column("gold_nll", "estimate", 3, "gold NLL, nats/token"),
+        Column("strict", "percent_estimate", 1, "strict, %"),
+        Column("flexible", "percent_estimate", 1, "flexible, %"),
+        Column("gold_nll_difference", "estimate", 3, f"Δ gold NLL to {BASELINE}"),
+        Column("items", "integer", heading="n"),
+    )
+    caption = "The same checkpoints on data sets that nothing was trained on or chosen by; 95 % intervals in brackets."
+    return Table("transfer", caption, columns, tuple(rows)) if rows else None
 
 
 def checkpoint_table(evaluations: Sequence[Evaluation]) -> Table:
