@@ -110,7 +110,7 @@ def test_as_published_cuts_texts_and_reports_the_last_checkpoint():
     [
         ({"defaults": {"latent": {"length": 0}}}, r"'latentwire.defaults.latent.length'.*greater than or equal to 1"),
         ({"defaults": {"latent": {"length": 2000}}}, r"latent.length'.*less than or equal to 1024"),
-        ({"defaults": {"latent": {"private": 5}}}, r"5 private vectors for each of 2 models do not fit"),
+        ({"defaults": {"latent": {"length": 8, "private": 5}}}, r"5 private vectors for each of 2 models do not fit"),
         ({"evaluation": {"wire": {"formats": ["int3"]}}}, r"'latentwire.evaluation.wire.formats.0'.*int3"),
         ({"evaluation": {"wire": {"formats": ["fp16"]}}}, r"headline \(int8\) must be one of formats \(fp16\)"),
         ({"evaluation": {"wire": {"group_size": 0}}}, r"'latentwire.evaluation.wire.group_size'"),

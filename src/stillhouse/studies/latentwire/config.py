@@ -461,14 +461,12 @@ class LatentWireConfig(StrictModel):
                 f"'{self.evaluation.condition}' is not among the trained conditions: {remedy}",
             )
         for pair in self.pairs:
-            for condition in dict.fromkeys((*self.condition_settings, *self.trained_conditions)):
-                self._check_latents(pair, condition)
             for condition in self.trained_conditions:
-                self._check_steps(pair, condition)
+                self._check_run(pair, condition)
         return self
 
-    def _check_latents(self, pair: str, condition: str) -> None:
-        """Refuse latents that the pair cannot share out, and an encoder that is no model of the pair."""
+    def _check_run(self, pair: str, condition: str) -> None:
+        """Refuse latents that the pair cannot share out, an encoder that is none of its models, steps never saved."""
         run, models = self.run_settings(pair, condition), self.pair_settings[pair].models
         where = ("condition_settings", condition)
         if run.latent.shared(len(models)) < 0:
@@ -482,10 +480,7 @@ class LatentWireConfig(StrictModel):
                 (*where, "encoder", "model"),
                 f"'{run.encoder.model}' is not of pair {pair}: {nearest(str(run.encoder.model), models, 'models')}",
             )
-
-    def _check_steps(self, pair: str, condition: str) -> None:
-        """Refuse checkpoints that the run never saves."""
-        saved = self.run_settings(pair, condition).training.saved_steps
+        saved = run.training.saved_steps
         for step in self.evaluation.steps or ():
             if step not in saved:
                 raise SettingError(
