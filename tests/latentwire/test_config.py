@@ -9,6 +9,7 @@ import pytest
 import yaml
 from support.workflow import merged
 
+from stillhouse.config.layering import Layer, validate
 from stillhouse.runtime.errors import ConfigurationError
 from stillhouse.studies.configuration import Configuration, load_configuration
 from stillhouse.studies.latentwire.config import ARMS, EMBEDDED, LatentWireConfig, RunSettings
@@ -19,7 +20,7 @@ BASE = LatentWireConfig.model_validate(EMBEDDED).model_dump(mode="json")
 
 
 def load(study: dict[str, Any]) -> LatentWireConfig:
-    return load_configuration({"latentwire": merged(BASE, study)}, [], {}).latentwire
+    return validate(LatentWireConfig, merged(BASE, study), [Layer("latentwire", {})])
 
 
 def load_file(*names: str) -> LatentWireConfig:
@@ -108,25 +109,21 @@ def test_as_published_cuts_texts_and_reports_the_last_checkpoint():
 @pytest.mark.parametrize(
     ("study", "message"),
     [
-        ({"defaults": {"latent": {"length": 0}}}, r"'latentwire.defaults.latent.length'.*greater than or equal to 1"),
+        ({"defaults": {"latent": {"length": 0}}}, r"'defaults.latent.length'.*greater than or equal to 1"),
         ({"defaults": {"latent": {"length": 2000}}}, r"latent.length'.*less than or equal to 1024"),
         ({"defaults": {"latent": {"length": 8, "private": 5}}}, r"5 private vectors for each of 2 models do not fit"),
-        ({"evaluation": {"wire": {"formats": ["int3"]}}}, r"'latentwire.evaluation.wire.formats.0'.*int3"),
+        ({"evaluation": {"wire": {"formats": ["int3"]}}}, r"'evaluation.wire.formats.0'.*int3"),
         ({"evaluation": {"wire": {"formats": ["fp16"]}}}, r"headline \(int8\) must be one of formats \(fp16\)"),
-        ({"evaluation": {"wire": {"group_size": 0}}}, r"'latentwire.evaluation.wire.group_size'"),
-        ({"evaluation": {"arms": ["latent", "telepathy"]}}, r"'latentwire.evaluation.arms.1'.*telepathy"),
-        ({"evaluation": {"condition": "latnt"}}, r"'latentwire.evaluation.condition'.*did you mean 'latent'"),
+        ({"evaluation": {"wire": {"group_size": 0}}}, r"'evaluation.wire.group_size'"),
+        ({"evaluation": {"arms": ["latent", "telepathy"]}}, r"'evaluation.arms.1'.*telepathy"),
+        ({"evaluation": {"condition": "latnt"}}, r"'evaluation.condition'.*did you mean 'latent'"),
         ({"evaluation": {"steps": [7]}}, r"step 7 is never saved by latent: it saves"),
-        ({"pairs": ["smollm_gemma"]}, r"'latentwire.pairs': unknown pair 'smollm_gemma': did you mean"),
-        (
-            {"pair_settings": {PAIR: {"models": ["smollm2_135m", "gema3_270m"]}}},
-            r"'latentwire.pair_settings.smollm2_gemma3.models': unknown model 'gema3_270m': did you mean 'gemma3_270m'",
-        ),
+        ({"pairs": ["smollm_gemma"]}, r"'pairs': unknown pair 'smollm_gemma': did you mean"),
         ({"pair_settings": {PAIR: {"models": ["smollm2_135m", "smollm2_135m"]}}}, r"models must differ"),
         ({"pair_settings": {PAIR: {"models": ["v2.5"]}}}, r"cannot hold a dot"),
         (
             {"conditions": ["latent", "film2"]},
-            r"'latentwire.conditions': unknown condition 'film2': did you mean 'film'",
+            r"'conditions': unknown condition 'film2': did you mean 'film'",
         ),
         ({"condition_settings": {"latent": {"losses": {"ke": 1}}}}, r"latent.losses.ke': unknown key: did you mean"),
         ({"defaults": {"encoder": {"width": 30}}}, r"width \(30\) must be a multiple of heads \(4\)"),
@@ -135,19 +132,33 @@ def test_as_published_cuts_texts_and_reports_the_last_checkpoint():
             {"defaults": {"encoder": {"kind": "language_model", "model": "qwen3_8b"}}},
             r"encoder.model': 'qwen3_8b' is not of pair smollm2_gemma3",
         ),
-        ({"defaults": {"training": {"method": "full"}}}, r"'latentwire.defaults.training.method': is not read here"),
-        ({"defaults": {"losses": {"ce": 0, "first_token": 0}}}, r"'latentwire.defaults.losses': at least one of"),
+        ({"defaults": {"training": {"method": "full"}}}, r"'defaults.training.method': is not read here"),
+        ({"defaults": {"losses": {"ce": 0, "first_token": 0}}}, r"'defaults.losses': at least one of"),
         (
             {"defaults": {"reader": {"prefix_tuning": 4}, "training": {"gradient_checkpointing": True}}},
-            r"'latentwire.defaults.training.gradient_checkpointing'",
+            r"'defaults.training.gradient_checkpointing'",
         ),
-        ({"task": {"dataset": "squat"}}, r"'latentwire.task.dataset': unknown data set 'squat': did you mean 'squad'"),
     ],
 )
 def test_a_fault_is_one_line_that_names_the_key(study: dict[str, Any], message: str):
     with pytest.raises(ConfigurationError, match=message) as caught:
         load(study)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("study", "message"),
+    [
+        (
+            {"pair_settings": {PAIR: {"models": ["smollm2_135m", "gema3_270m"]}}},
+            r"'latentwire.pair_settings.smollm2_gemma3.models': unknown model 'gema3_270m': did you mean 'gemma3_270m'",
+        ),
+        ({"task": {"dataset": "squat"}}, r"'latentwire.task.dataset': unknown data set 'squat': did you mean 'squad'"),
+    ],
+)
+def test_a_name_that_the_catalogue_lacks_is_refused_with_the_nearest(study: dict[str, Any], message: str):
+    with pytest.raises(ConfigurationError, match=message):
+        load_configuration({"latentwire": merged(BASE, study)}, [], {})
 
 
 def test_every_condition_resolves_for_every_pair_at_full_size():
