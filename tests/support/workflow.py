@@ -127,6 +127,7 @@ def make_workflow(directory: Path, model: Path, study: dict[str, Any] | None = N
 def write_config(path: Path, study: dict[str, Any]) -> None:
     """Write the tiny configuration with overrides of the study's settings."""
     configuration = {
+        "studies": ["context_distillation"],
         "models": {
             "tiny": {
                 "format": "transformers",
