@@ -35,7 +35,12 @@ _EMBEDDING_ROWS = 8192
 
 
 class Reader(nn.Module):
-    """One model and its tokenizer, for one set of reader settings; `adapt` gives it others."""
+    """One model and its tokenizer, for one set of reader settings; `adapt` gives it others.
+
+    own_layers: prefix tuning's keys and values, [1, positions, numbers of a position]; None without it.
+    """
+
+    own_layers: nn.Parameter | None
 
     def __init__(
         self,
@@ -74,7 +79,7 @@ class Reader(nn.Module):
         """The frozen model alone: trained parts are taken out and forgotten."""
         if isinstance(self.model, PeftModel):
             self.model = frozen(self.model.unload())
-        self.own_layers: nn.Parameter | None = None
+        self.own_layers = None
         return self.model
 
     # What is read: ids of the prompt's parts.
@@ -216,11 +221,8 @@ class Reader(nn.Module):
         # Token t of an answer is predicted one column earlier; for t = 0 that is the prompt's last column.
         before = (whole.attention_mask == 0).sum(1) if side == "left" else 0
         columns = (prompt.attention_mask.sum(1) + before)[example] + position - 1
-        kept, found = columns.unique(return_inverse=True)
-        logits, hidden = self._forward(whole, kept)
-        return AnswerRows(
-            logits[example, found], hidden[example, found], answers.labels[answer_mask], example, position
-        )
+        logits, hidden = self._forward(whole, example, columns)
+        return AnswerRows(logits, hidden, answers.labels[answer_mask], example, position)
 
     def answer_logits(self, prompt: Prompt, answers: AnswerTokens) -> Tensor:
         """The logits of `answer_rows`: [R, vocabulary]."""
@@ -228,14 +230,12 @@ class Reader(nn.Module):
 
     def first_logits(self, prompt: Prompt, cache: DynamicCache | None = None) -> Tensor:
         """Logits of the answer's first token, [batch, vocabulary], as generation computes them; fills `cache`."""
-        logits, _ = self._forward(prompt.padded("left"), 1, cache)
-        return logits[:, 0]
+        return self._last_logits(prompt.padded("left"), cache)
 
     def next_logits(self, token_ids: Tensor, attention_mask: Tensor, prompt: Prompt, cache: DynamicCache) -> Tensor:
         """Logits [batch, vocabulary] after one more token each; attention_mask covers prompt and all tokens so far."""
         embedded = self.model.get_input_embeddings()(token_ids[:, None])
-        logits, _ = self._forward(replace(prompt, inputs_embeds=embedded, attention_mask=attention_mask), 1, cache)
-        return logits[:, 0]
+        return self._last_logits(replace(prompt, inputs_embeds=embedded, attention_mask=attention_mask), cache)
 
     def new_cache(self, prompt: Prompt) -> DynamicCache:
         """An empty cache, or one that holds the prompt's layers, which gradients flow into."""
@@ -277,10 +277,15 @@ class Reader(nn.Module):
         self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.recomputes = True
 
+    def _last_logits(self, prompt: Prompt, cache: DynamicCache | None) -> Tensor:
+        rows = torch.arange(len(prompt), device=self.device)
+        logits, _ = self._forward(prompt, rows, torch.full_like(rows, prompt.inputs_embeds.shape[1] - 1), cache)
+        return logits
+
     def _forward(
-        self, prompt: Prompt, columns: Tensor | int, cache: DynamicCache | None = None
+        self, prompt: Prompt, rows: Tensor, columns: Tensor, cache: DynamicCache | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Logits and hidden states, [batch, columns, ...], at these columns or at the last so many.
+        """Logits [R, vocabulary] and hidden states [R, hidden] at these R places; no other reaches the lm_head.
 
         The prompt's mask may be longer than its embeddings: it begins with what the cache already holds.
         """
@@ -289,8 +294,12 @@ class Reader(nn.Module):
         layer_positions = prompt.layers[0][0].shape[2] if prompt.layers else 0
         positions = (prompt.attention_mask.cumsum(1) - 1).clamp(min=0) + layer_positions
         captured: list[Tensor] = []
-        head = self.model.get_output_embeddings()
-        handle = head.register_forward_pre_hook(lambda module, arguments: captured.append(arguments[0]))
+
+        def keep_places(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor]:
+            captured.append(arguments[0][rows, columns])
+            return (captured[0],)
+
+        handle = self.model.get_output_embeddings().register_forward_pre_hook(keep_places)
         try:
             with self._parts_of(prompt):
                 output = self.model(
@@ -299,22 +308,18 @@ class Reader(nn.Module):
                     position_ids=positions[:, -prompt.inputs_embeds.shape[1] :],
                     past_key_values=cache,
                     use_cache=cache is not None,
-                    logits_to_keep=columns,
                 )
         finally:
             handle.remove()
         return output.logits, captured[0]
 
     def _layers_before(self, layers: KeysValues, batch: int) -> KeysValues:
-        """Prefix tuning's keys and values, then the prefix's own."""
-        if self.own_layers is None:
-            return layers
-        own = self.layer_shape.split(self.own_layers.expand(batch, -1, -1).to(self.model.dtype))
-        if not layers:
-            return own
+        """Prefix tuning's keys and values, then the prefix's own, in the model's type."""
+        given = [] if self.own_layers is None else [self.layer_shape.split(self.own_layers.expand(batch, -1, -1))]
+        given += [layers] if layers else []
         return tuple(
-            (torch.cat([one, two], dim=2), torch.cat([three, four], dim=2))
-            for (one, three), (two, four) in zip(own, layers, strict=True)
+            (torch.cat(keys, dim=2).to(self.model.dtype), torch.cat(values, dim=2).to(self.model.dtype))
+            for keys, values in (zip(*parts, strict=True) for parts in zip(*given, strict=True))
         )
 
     def _padded(self, rows: list[Tensor], masks: list[Tensor], layers: KeysValues, *, trained: bool) -> Prompt:
