@@ -16,12 +16,14 @@ include: "rules/assets.smk"
 include: "rules/data.smk"
 include: "rules/context_distillation.smk"
 include: "rules/consistency_lens.smk"
+include: "rules/latentwire.smk"
 include: "rules/report.smk"
 
 
 wildcard_constraints:
     study=r"[^/]+",
     model=r"[^/]+",
+    pair=r"[^/]+",
     dataset=r"[^/]+",
     condition=r"[^/]+",
     seed=r"\d+",

@@ -115,6 +115,16 @@ MODELS: dict[str, ModelEntry] = {
         sources=(HubSource(repo="Qwen/Qwen3-8B", revision="b968826d9c46dd6066d109eabc6255188de91218"),),
         licence="Apache-2.0",
     ),
+    "llama31_8b_instruct": ModelEntry(
+        sources=(
+            HubSource(repo="meta-llama/Llama-3.1-8B-Instruct", revision="0e9e39f249a16976918f6564b8830bc894c89659"),
+        ),
+        licence="Llama 3.1 Community License",
+    ),
+    "qwen25_7b_instruct": ModelEntry(
+        sources=(HubSource(repo="Qwen/Qwen2.5-7B-Instruct", revision="a09a35458c702b33eeacc393d103063234e8bc28"),),
+        licence="Apache-2.0",
+    ),
     "llama32_3b_instruct": ModelEntry(
         sources=(
             HubSource(repo="meta-llama/Llama-3.2-3B-Instruct", revision="0cb88a4f764b7a12671c53f0838cd831a0843b95"),

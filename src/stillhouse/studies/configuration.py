@@ -23,8 +23,10 @@ from stillhouse.studies.consistency_lens.config import EMBEDDED as CONSISTENCY_L
 from stillhouse.studies.consistency_lens.config import ConsistencyLensConfig
 from stillhouse.studies.context_distillation.config import EMBEDDED as CONTEXT_DISTILLATION
 from stillhouse.studies.context_distillation.config import ContextDistillationConfig
+from stillhouse.studies.latentwire.config import EMBEDDED as LATENTWIRE
+from stillhouse.studies.latentwire.config import LatentWireConfig
 
-STUDIES = ("context_distillation", "consistency_lens")
+STUDIES = ("context_distillation", "consistency_lens", "latentwire")
 
 
 class Configuration(StrictModel):
@@ -37,6 +39,7 @@ class Configuration(StrictModel):
     resources: ResourceSettings = ResourceSettings()
     context_distillation: ContextDistillationConfig = ContextDistillationConfig()
     consistency_lens: ConsistencyLensConfig = ConsistencyLensConfig()
+    latentwire: LatentWireConfig = LatentWireConfig()
 
     @model_validator(mode="after")
     def names_are_in_the_catalogue(self) -> Configuration:
@@ -59,7 +62,11 @@ class Configuration(StrictModel):
 def embedded_configuration() -> Configuration:
     """The configuration of `config/config.yaml`: every study at a size for two cores, from packages alone."""
     return Configuration.model_validate(
-        {"context_distillation": CONTEXT_DISTILLATION, "consistency_lens": CONSISTENCY_LENS}
+        {
+            "context_distillation": CONTEXT_DISTILLATION,
+            "consistency_lens": CONSISTENCY_LENS,
+            "latentwire": LATENTWIRE,
+        }
     )
 
 

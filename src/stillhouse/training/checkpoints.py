@@ -141,6 +141,16 @@ def save_weights(
         _flush_to_disk(staging)
 
 
+def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """What the checkpoint of a plain module holds: parameters that require a gradient, and persistent buffers.
+
+    Frozen models inside the module are not part of it, and neither is what they compute anew when they are made.
+    """
+    trained: dict[str, Tensor] = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    persistent = model.state_dict().keys()
+    return trained | {name: value for name, value in model.named_buffers() if name in persistent}
+
+
 def export(work_dir: Path, output_dir: Path, saved_steps: Sequence[int]) -> None:
     """Put the run's checkpoints and logs into `output_dir`; files are linked where the disk allows it."""
     output_dir.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,561 @@
+"""The configuration of LatentWire: pairs of frozen readers, channels as overrides of one set of run settings.
+
+A channel's settings are the study's `defaults`, then the pair's, the condition's and the sweep point's overrides,
+merged in that order. This module stands between the workflow, which resolves channels while it builds the DAG, and
+the step programs, which receive the resolved leaves; it imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from stillhouse.config.base import SettingError, StrictModel
+from stillhouse.config.data import DataSettings, SplitSettings
+from stillhouse.config.layering import merge, nearest, relocated
+from stillhouse.config.references import Reference
+from stillhouse.config.sweeps import Sweep
+from stillhouse.config.training import LoraSettings, Precision, ScheduleSettings, TrainingSettings
+from stillhouse.runtime.digests import short_digest
+
+WireKind = Literal["fp16", "int8", "int6", "int4"]
+PromptStyle = Literal["auto", "chat_full", "content_only"]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class LatentSettings(StrictModel):
+    """Z: the M x d_z numbers that go over the wire, once per text and for every reader."""
+
+    length: Annotated[int, Field(ge=1, le=1024, description="M: vectors on the wire, private ones included.")] = 32
+    private: Annotated[
+        int, Field(ge=0, description="Vectors of each model's own; the other M are shared by all models.")
+    ] = 0
+    dimension: Annotated[int, Field(ge=1, le=8192, description="d_z.")] = 256
+
+    def shared(self, models: int) -> int:
+        """The vectors that every one of `models` readers gets."""
+        return self.length - self.private * models
+
+    def per_model(self, models: int) -> int:
+        """The vectors that one reader gets: the shared ones and its own."""
+        return self.shared(models) + self.private
+
+
+class EncoderSettings(StrictModel):
+    """From text to Z. The whole text must fit: nothing is cut unless `overlong` and `max_cut_share` allow it."""
+
+    kind: Annotated[
+        Literal["bytes", "sentence", "language_model"],
+        Field(
+            description="A transformer over bytes, a frozen sentence encoder, or a reader itself with a LoRA; each "
+            "with learned queries that pool its states into Z."
+        ),
+    ] = "bytes"
+    model: Annotated[
+        str | None,
+        Field(description="Catalogue name for kinds sentence and language_model; null: the pair's first model."),
+    ] = None
+    layers: Annotated[int, Field(ge=1, description="Of the transformer over bytes.")] = 6
+    width: Annotated[int, Field(ge=8, description="Of the transformer over bytes and of the pooling.")] = 256
+    heads: Annotated[int, Field(ge=1)] = 8
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    lora: Annotated[LoraSettings, Field(description="Of kind language_model.")] = LoraSettings()
+    max_length: Annotated[
+        int, Field(ge=8, description="Longest text: bytes for kind bytes, else tokens of the encoder's own.")
+    ] = 4096
+    overlong: Annotated[
+        Literal["error", "cut_end", "cut_start"],
+        Field(description="A text over max_length: refuse it, or cut it at one end and count."),
+    ] = "error"
+    max_cut_share: Annotated[
+        Share, Field(description="Refuse a split of which a larger share would be cut; for overlong other than error.")
+    ] = 0.0
+
+    @model_validator(mode="after")
+    def heads_divide_width(self) -> EncoderSettings:
+        """Refuse a width that the attention heads cannot share, and a sentence encoder without a model."""
+        if self.width % self.heads:
+            raise ValueError(f"width ({self.width}) must be a multiple of heads ({self.heads})")
+        if self.kind == "sentence" and self.model is None:
+            raise ValueError("kind sentence needs 'model': the catalogue name of a sentence encoder (minilm_l6)")
+        return self
+
+
+class AdapterSettings(StrictModel):
+    """From Z to one model's embedding space: LayerNorm, an MLP with a skip, optional FiLM, and a calibrated size."""
+
+    hidden_multiple: Annotated[float, Field(gt=0, description="Width of the MLP as a multiple of d_z.")] = 4.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    film: Annotated[bool, Field(description="Scale and shift each vector by the mean of the example's Z.")] = False
+    calibration: Annotated[
+        Literal["none", "embed_rms", "fixed", "train_stats"],
+        Field(
+            description="Size of each example's prefix: as it comes, the RMS of the model's embeddings, `rms`, or the "
+            "RMS of the embeddings of the training texts' tokens."
+        ),
+    ] = "embed_rms"
+    rms: Annotated[float, Field(gt=0, description="Of calibration fixed.")] = 0.05
+
+
+class ReaderSettings(StrictModel):
+    """How a frozen model reads a prefix or a text. Training and evaluation share every one of these."""
+
+    anchor: Annotated[
+        str,
+        Field(
+            min_length=1,
+            description="Text between the prompt and the answer. White space at its end goes to the answer's first "
+            "token, where tokenizers put it.",
+        ),
+    ] = "Answer: "
+    bos: Annotated[
+        Literal["auto", "always", "never"],
+        Field(description="A beginning-of-sequence token before the prefix; auto: as the tokenizer does for a text."),
+    ] = "auto"
+    text_prompt: Annotated[
+        PromptStyle,
+        Field(description="The full-text arm and the teacher: chat_full, content_only; auto: chat with a template."),
+    ] = "auto"
+    padding: Annotated[
+        Literal["left", "right"], Field(description="Side on which shorter prompts of a batch are padded.")
+    ] = "left"
+    precision: Precision = "auto"
+    lora: Annotated[LoraSettings | None, Field(description="Train a LoRA in each reader; null: frozen.")] = None
+    prefix_tuning: Annotated[
+        int, Field(ge=0, description="Learned keys and values per layer before every prompt, the same for all texts.")
+    ] = 0
+    deep_prefix: Annotated[
+        bool, Field(description="Z also gives keys and values to every layer (M positions), not only embeddings.")
+    ] = False
+
+
+class LossSettings(StrictModel):
+    """Weights of the terms; each is a mean over an example's answer tokens, then over models and examples."""
+
+    ce: Annotated[float, Field(ge=0, description="Teacher-forced cross entropy of the whole answer.")] = 1.0
+    first_token: Annotated[float, Field(ge=0, description="Cross entropy of the answer's first token.")] = 0.5
+    first_token_autoscale: Annotated[
+        bool,
+        Field(description="Weigh an example's first token by its loss over the answer's mean, within [1/4, 4]."),
+    ] = False
+    first_k: Annotated[float, Field(ge=0, description="Cross entropy of the first k tokens.")] = 0.0
+    k: Annotated[int, Field(ge=1, description="K of first_k, kd and state_kd.")] = 4
+    kd: Annotated[
+        float, Field(ge=0, description="tau^2 KL(model on text || model on latent) over the first k steps.")
+    ] = 0.0
+    temperature: Annotated[float, Field(gt=0, description="tau of kd.")] = 1.0
+    state_kd: Annotated[
+        float, Field(ge=0, description="Relative squared distance of the final hidden states over the first k steps.")
+    ] = 0.0
+    scale: Annotated[float, Field(ge=0, description="Square of the adapter's scale minus 1.")] = 0.0
+    rms: Annotated[
+        float, Field(ge=0, description="Square of log(RMS of the uncalibrated prefix / RMS of the embeddings).")
+    ] = 0.0
+    gist: Annotated[
+        float, Field(ge=0, description="Cross entropy of the text's first bytes, decoded from Z alone by a small head.")
+    ] = 0.0
+    gist_bytes: Annotated[int, Field(ge=1)] = 64
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether a term compares with the model on the full text."""
+        return self.kd > 0 or self.state_kd > 0
+
+
+class CurriculumSettings(StrictModel):
+    """What makes the beginning of training easier, or the latents more robust; 0 switches each off."""
+
+    text_warmup: Annotated[
+        float,
+        Field(ge=0, lt=1, description="Share of the steps in which the text stands before the prefix, ever shorter."),
+    ] = 0.0
+    latent_dropout: Annotated[
+        float, Field(ge=0, lt=1, description="Share of an example's vectors that the readers do not see at the start.")
+    ] = 0.0
+    latent_dropout_end: Annotated[float, Field(ge=0, lt=1, description="The same at the last step.")] = 0.0
+
+
+class TeacherSettings(StrictModel):
+    """The model on the full text, for kd and state_kd."""
+
+    targets: Annotated[
+        Literal["cached", "online"],
+        Field(description="Targets from the teacher cache, or from a second forward pass in each step."),
+    ] = "cached"
+    batch_tokens: Annotated[int, Field(ge=16, description="Token budget of one teacher forward pass.")] = 8192
+
+
+class CacheSettings(StrictModel):
+    """What determines a text teacher's targets, and nothing else: channels that agree on it share one cache."""
+
+    anchor: str
+    bos: Literal["auto", "always", "never"]
+    text_prompt: PromptStyle
+    precision: Precision
+    train_examples: int | None
+    batch_tokens: int
+
+    @property
+    def name(self) -> str:
+        """A name for paths, different wherever the targets are."""
+        return f"{self.text_prompt}-hidden-{short_digest(self.model_dump(mode='json'))}"
+
+
+def _training() -> TrainingSettings:
+    return TrainingSettings(
+        steps=32_850,  # 24 epochs of 87,599 examples
+        batch_size=64,
+        micro_batch_tokens=65_536,
+        learning_rate=1e-4,
+        schedule=ScheduleSettings(warmup_steps=500),
+        save_every=1369,
+        resume_every=200,
+    )
+
+
+class RunSettings(StrictModel):
+    """Everything that the training of one channel reads."""
+
+    seed_offset: Annotated[int, Field(description="Added to the seed, for replicas of a condition.")] = 0
+    latent: LatentSettings = LatentSettings()
+    encoder: EncoderSettings = EncoderSettings()
+    adapter: AdapterSettings = AdapterSettings()
+    reader: ReaderSettings = ReaderSettings()
+    losses: LossSettings = LossSettings()
+    curriculum: CurriculumSettings = CurriculumSettings()
+    teacher: TeacherSettings = TeacherSettings()
+    sequential_models: Annotated[
+        bool, Field(description="One model's backward pass after the other's: less memory, the same gradient.")
+    ] = False
+    train_examples: Annotated[int | None, Field(ge=1, description="Use the first N examples; null: all.")] = None
+    diagnostics_every: Annotated[int, Field(ge=1, description="Steps between rows of diagnostics.jsonl.")] = 500
+    training: Annotated[
+        TrainingSettings, Field(description="Its method, lora and packing mean nothing here and stay as they are.")
+    ] = _training()
+
+    @property
+    def cache(self) -> CacheSettings | None:
+        """The teacher cache that this channel's training reads from each model; None if it reads none."""
+        if not self.losses.needs_teacher or self.teacher.targets == "online":
+            return None
+        return CacheSettings(
+            **{name: getattr(self.reader, name) for name in ("anchor", "bos", "text_prompt", "precision")},
+            train_examples=self.train_examples,
+            batch_tokens=self.teacher.batch_tokens,
+        )
+
+    def leaves(self) -> dict[str, Any]:
+        """The settings that this channel's training reads: others would only make it run again."""
+        leaves = self.model_dump(mode="json")
+        for unread in ("method", "lora", "packing"):
+            del leaves["training"][unread]
+        if self.encoder.kind != "language_model":
+            del leaves["encoder"]["lora"]
+        if not self.losses.needs_teacher:
+            del leaves["teacher"]
+        elif self.teacher.targets == "cached":
+            del leaves["teacher"]["batch_tokens"]
+        return leaves
+
+    @model_validator(mode="after")
+    def settings_fit_each_other(self) -> RunSettings:
+        """Refuse a loss of nothing, and settings that this study does not read."""
+        unread = TrainingSettings()
+        for name in ("method", "lora", "packing"):
+            if getattr(self.training, name) != getattr(unread, name):
+                raise SettingError(
+                    ("training", name),
+                    "is not read here: set reader.lora or encoder.lora, which train beside frozen models",
+                )
+        if self.training.gradient_checkpointing and (self.reader.deep_prefix or self.reader.prefix_tuning):
+            raise SettingError(
+                ("training", "gradient_checkpointing"),
+                "cannot recompute activations behind the keys and values of reader.deep_prefix or prefix_tuning: "
+                "switch one off",
+            )
+        if not any((self.losses.ce, self.losses.first_token, self.losses.first_k, self.losses.needs_teacher)):
+            raise SettingError(("losses",), "at least one of ce, first_token, first_k, kd and state_kd must be above 0")
+        return self
+
+
+Overrides = dict[str, Any]
+
+
+class PairSettings(StrictModel):
+    """The frozen models that read the same Z, and what their pair overrides."""
+
+    models: Annotated[tuple[str, ...], Field(min_length=1, description="Catalogue names of the readers.")]
+    settings: Annotated[Overrides, Field(description="Overrides of the defaults for this pair.")] = {}
+
+    @model_validator(mode="after")
+    def models_differ(self) -> PairSettings:
+        """Refuse a model that is named twice, and a name that no module can have."""
+        dotted = [name for name in self.models if "." in name]
+        if dotted:
+            raise ValueError(f"a reader's catalogue name cannot hold a dot (given: {dotted[0]})")
+        if len(set(self.models)) < len(self.models):
+            raise ValueError(f"models must differ (given: {', '.join(self.models)})")
+        return self
+
+
+class TaskSettings(DataSettings):
+    """The reading-comprehension data set and its division; articles do not cross from one split to another."""
+
+    dataset: str = "squad"
+    group_by: str | None = "title"
+    train: SplitSettings = SplitSettings(source="train")
+    validation: SplitSettings = SplitSettings(source="train", size=1000)
+    test: SplitSettings = SplitSettings(source="validation")
+    max_text_bytes: Annotated[
+        int | None, Field(ge=16, description="Leave out (and count) questions whose text is longer; null: none.")
+    ] = None
+
+
+Arm = Literal[
+    "full_text",
+    "latent",
+    "token_budget_content_only",
+    "token_budget_chat_full",
+    "byte_budget_cut",
+    "byte_budget_compressed",
+    "no_context",
+    "replay_raw",
+    "replay_anchor",
+    "replay_adapter",
+    "joint_rescoring",
+    "oracle",
+    "agreement",
+]
+ARMS: tuple[Arm, ...] = Arm.__args__  # type: ignore[attr-defined]
+
+
+class AnswerGenerationSettings(StrictModel):
+    """Greedy decoding of an answer, up to the end of its line; the first token's switches are off by default."""
+
+    max_new_tokens: Annotated[int, Field(ge=1)] = 24
+    first_token_temperature: Annotated[
+        float, Field(ge=0, description="Draw the first token at this temperature; 0: greedy.")
+    ] = 0.0
+    first_token_top_p: Annotated[
+        float, Field(gt=0, le=1, description="Nucleus from which the first token is drawn.")
+    ] = 1.0
+    ban_first_eos: Annotated[bool, Field(description="An answer cannot be empty.")] = False
+    seed: int = 0
+
+
+class WireSettings(StrictModel):
+    """How Z is written to bytes."""
+
+    formats: Annotated[tuple[WireKind, ...], Field(min_length=1, description="Formats to measure, each for real.")] = (
+        "fp16",
+        "int8",
+        "int6",
+        "int4",
+    )
+    group_size: Annotated[
+        int, Field(ge=1, le=65_535, description="Consecutive values of a vector that share one scale.")
+    ] = 32
+    headline: Annotated[WireKind, Field(description="Format of the latent arm.")] = "int8"
+
+    @model_validator(mode="after")
+    def headline_is_measured(self) -> WireSettings:
+        """Refuse a headline format that is not among the measured ones."""
+        if self.headline not in self.formats:
+            raise ValueError(f"headline ({self.headline}) must be one of formats ({', '.join(self.formats)})")
+        return self
+
+
+class EvaluationSettings(StrictModel):
+    """How every channel of a pair is scored."""
+
+    condition: Annotated[str, Field(description="The channel of the latent arms; other channels join the curves.")] = (
+        "latent"
+    )
+    arms: Annotated[tuple[Arm, ...], Field(min_length=1)] = ARMS
+    wire: WireSettings = WireSettings()
+    generation: AnswerGenerationSettings = AnswerGenerationSettings()
+    byte_budgets: Annotated[
+        tuple[Annotated[int, Field(ge=1)], ...] | None,
+        Field(description="Bytes of the byte-budget arms' curve; null: the sizes of the channels' wire files."),
+    ] = None
+    steps: Annotated[
+        tuple[Annotated[int, Field(ge=1)], ...] | None,
+        Field(description="Checkpoints to score on validation; null: every saved one."),
+    ] = None
+    selection: Annotated[
+        Literal["gold_nll", "f1", "last", "best_on_test"],
+        Field(
+            description="Checkpoint of every reported number: best on validation by either measure, or the last; "
+            "best_on_test only reproduces published numbers."
+        ),
+    ] = "gold_nll"
+    validation_items: Annotated[int | None, Field(ge=1, description="First N items; null: all.")] = None
+    test_items: Annotated[int | None, Field(ge=1, description="First N items; null: all.")] = None
+    batch_size: Annotated[int, Field(ge=1, description="Items decoded at once.")] = 16
+
+
+PAIRS = {
+    "smollm2_gemma3": PairSettings(models=("smollm2_135m", "gemma3_270m")),
+    "three_families": PairSettings(models=("smollm2_135m", "gemma3_270m", "qwen25_coder_05b")),
+    "llama31_qwen25": PairSettings(models=("llama31_8b_instruct", "qwen25_7b_instruct")),
+}
+
+CONDITIONS: dict[str, Overrides] = {
+    "latent": {},
+    "private_latents": {"latent": {"private": 4}},
+    "prefix_kd": {"losses": {"kd": 1.0}},
+    "state_kd": {"losses": {"kd": 1.0, "state_kd": 1.0}},
+    "first_k": {"losses": {"first_k": 0.5}},
+    "no_first_token": {"losses": {"first_token": 0.0}},
+    "sentence_encoder": {"encoder": {"kind": "sentence", "model": "minilm_l6", "max_length": 512}},
+    "language_model_encoder": {"encoder": {"kind": "language_model"}},
+    "film": {"adapter": {"film": True}},
+    "deep_prefix": {"reader": {"deep_prefix": True}},
+    "reader_lora": {"reader": {"lora": {"rank": 8, "alpha": 16, "dropout": 0.0}}},
+    "prefix_tuning": {"reader": {"prefix_tuning": 16}},
+    "latent_dropout": {"curriculum": {"latent_dropout": 0.5}},
+    "text_warmup": {"curriculum": {"text_warmup": 0.25}},
+    "gist": {"losses": {"gist": 0.1}},
+}
+
+
+class LatentWireConfig(StrictModel):
+    """The whole study: which pairs, conditions and seeds run, and what each of them overrides."""
+
+    pairs: Annotated[tuple[str, ...], Field(min_length=1, description="Pairs to train channels for and report.")] = (
+        "smollm2_gemma3",
+    )
+    pair_settings: Annotated[
+        dict[str, PairSettings], Field(description="The readers of one Z by name; a new name is a new pair.")
+    ] = PAIRS
+    conditions: Annotated[tuple[str, ...], Field(min_length=1, description="Channels to train and report.")] = (
+        "latent",
+        "prefix_kd",
+    )
+    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (42,)
+    task: TaskSettings = TaskSettings()
+    defaults: Annotated[RunSettings, Field(description="Settings of a channel before any override.")] = RunSettings()
+    condition_settings: Annotated[
+        dict[str, Overrides], Field(description="Overrides per condition; a new name is a new condition.")
+    ] = CONDITIONS
+    sweeps: dict[str, Sweep] = {}
+    evaluation: EvaluationSettings = EvaluationSettings()
+
+    @model_validator(mode="after")
+    def names_are_known_and_runs_resolve(self) -> LatentWireConfig:
+        """Refuse unknown conditions, and overrides that do not make valid settings for a pair."""
+        for pair in self.pairs:
+            if pair not in self.pair_settings:
+                remedy = nearest(pair, list(self.pair_settings), "pairs")
+                raise SettingError(("pairs",), f"unknown pair '{pair}': {remedy}")
+        valid = list(self.condition_settings)
+        for name in (*self.conditions, *(sweep.condition for sweep in self.sweeps.values())):
+            if name not in valid:
+                raise SettingError(("conditions",), f"unknown condition '{name}': {nearest(name, valid, 'conditions')}")
+        if self.evaluation.condition not in self.trained_conditions:
+            remedy = nearest(self.evaluation.condition, self.trained_conditions, "trained conditions")
+            raise SettingError(
+                ("evaluation", "condition"),
+                f"'{self.evaluation.condition}' is not among the trained conditions: {remedy}",
+            )
+        for pair in self.pairs:
+            for condition in self.trained_conditions:
+                self._check_run(pair, condition)
+        return self
+
+    def _check_run(self, pair: str, condition: str) -> None:
+        """Refuse latents that the pair cannot share out, an encoder that is none of its models, steps never saved."""
+        run, models = self.run_settings(pair, condition), self.pair_settings[pair].models
+        where = ("condition_settings", condition)
+        if run.latent.shared(len(models)) < 0:
+            raise SettingError(
+                (*where, "latent", "private"),
+                f"{run.latent.private} private vectors for each of {len(models)} models do not fit into "
+                f"latent.length {run.latent.length}",
+            )
+        if run.encoder.kind == "language_model" and run.encoder.model not in (None, *models):
+            raise SettingError(
+                (*where, "encoder", "model"),
+                f"'{run.encoder.model}' is not of pair {pair}: {nearest(str(run.encoder.model), models, 'models')}",
+            )
+        saved = run.training.saved_steps
+        for step in self.evaluation.steps or ():
+            if step not in saved:
+                raise SettingError(
+                    ("evaluation", "steps"),
+                    f"step {step} is never saved by {condition}: it saves {', '.join(map(str, saved))}",
+                )
+
+    def references(self) -> Iterator[Reference]:
+        """The catalogue names that the study uses: readers, sentence encoders, the data set."""
+        for pair in self.pairs:
+            for model in self.pair_settings[pair].models:
+                yield Reference("model", model, ("pair_settings", pair, "models"))
+            for condition in self.trained_conditions:
+                encoder = self.run_settings(pair, condition).encoder
+                if encoder.kind == "sentence" and encoder.model is not None:
+                    yield Reference("model", encoder.model, ("condition_settings", condition, "encoder", "model"))
+        yield Reference("data set", self.task.dataset, ("task", "dataset"))
+
+    @property
+    def trained_conditions(self) -> tuple[str, ...]:
+        """The channels that are trained, sweep points included, each once."""
+        swept = [point.name for sweep in self.sweeps.values() for point in sweep.points()]
+        return tuple(dict.fromkeys((*self.conditions, *swept)))
+
+    def caches(self, pair: str) -> dict[str, CacheSettings]:
+        """The text-teacher caches of a pair by name; each is built once for each of its models."""
+        runs = (self.run_settings(pair, condition) for condition in self.trained_conditions)
+        return {run.cache.name: run.cache for run in runs if run.cache}
+
+    def run_settings(self, pair: str, condition: str) -> RunSettings:
+        """The settings of one channel; raises ValueError that names the layer and key at fault."""
+        own = self.pair_settings[pair].settings
+        layers: list[tuple[tuple[str, ...], Overrides]] = [(("pair_settings", pair, "settings"), own)]
+        points = {point.name: (sweep, point) for sweep in self.sweeps.values() for point in sweep.points()}
+        if condition in points:
+            sweep, point = points[condition]
+            layers.append((("condition_settings", sweep.condition), self.condition_settings[sweep.condition]))
+            layers.append((("sweeps", condition), point.overrides))
+        else:
+            layers.append((("condition_settings", condition), self.condition_settings[condition]))
+        values = self.defaults.model_dump()
+        for location, overrides in layers:
+            values = merge(values, overrides)
+            try:
+                settings = RunSettings.model_validate(values)
+            except ValidationError as error:
+                raise relocated(error, RunSettings, location) from None
+        return settings
+
+
+# The study at a size for two cores: real models and real questions, too few of both for a claim about the method.
+EMBEDDED: Overrides = {
+    "conditions": ["latent", "prefix_kd"],
+    "task": {
+        "dataset": "squad_packaged",
+        "train": {"source": "validation", "size": 64},
+        "validation": {"source": "validation", "size": 8},
+        "test": {"source": "validation", "size": 16},
+        "max_text_bytes": 700,
+    },
+    "defaults": {
+        "latent": {"length": 8, "dimension": 64},
+        "encoder": {"layers": 2, "width": 64, "heads": 4},
+        "teacher": {"batch_tokens": 1024},
+        "diagnostics_every": 5,
+        "training": {
+            "steps": 20,
+            "batch_size": 8,
+            "micro_batch_tokens": 16384,
+            "learning_rate": 1e-3,
+            "schedule": {"warmup_steps": 2},
+            "save_every": 10,
+            "resume_every": 10,
+        },
+    },
+    "sweeps": {"length": {"condition": "latent", "axes": {"latent.length": [2]}}},
+    "evaluation": {"generation": {"max_new_tokens": 12}, "batch_size": 8},
+}

@@ -1,0 +1,312 @@
+"""What evaluation leaves behind and what figures and tables read: `results.json` and `items.parquet` of a pair.
+
+Stands between `evaluate`, which writes both, and `report` and `figures`, which read nothing else; no torch here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike
+from pydantic import ValidationError
+
+from stillhouse.config.base import StrictModel
+from stillhouse.evaluation.statistics import (
+    Estimate,
+    bootstrap_mean_interval,
+    bootstrap_ratio_interval,
+    wilson_interval,
+)
+from stillhouse.runtime.errors import UserError
+from stillhouse.runtime.files import disk_errors, read_json
+from stillhouse.studies.latentwire.config import Arm, WireKind
+
+Split = Literal["validation", "test"]
+
+# Answers that are made from those of all readers stand in the rows under a reader's name of their own.
+JOINT, ORACLE, AGREEMENT = COMBINED = ("joint_rescoring", "oracle", "agreement")
+
+# What is scored. Unused keys are "" and 0, never null, so that rows can be grouped by them.
+SUBJECT_COLUMNS = ["arm", "reader", "condition", "seed", "step", "wire", "budget"]
+
+# One row per subject and item. `output` and its scores are null where no answer was generated, the gold answer's
+# columns where it was not scored. bytes: what is sent for this prompt. seconds: the item's share of its batch.
+ITEM_COLUMNS = {
+    "pair": "string",
+    "arm": "string",
+    "reader": "string",
+    "condition": "string",
+    "seed": "Int64",
+    "step": "Int64",
+    "wire": "string",
+    "budget": "Int64",
+    "split": "string",
+    "item_id": "string",
+    "bytes": "Int64",
+    "text_bytes": "Int64",
+    "prompt_tokens": "Int64",
+    "text_tokens": "Int64",
+    "gold_nll": "float64",
+    "gold_tokens": "Int64",
+    "first_token": "Int64",
+    "first_token_rank": "Int64",
+    "output": "string",
+    "exact": "boolean",
+    "f1": "float64",
+    "seconds": "float64",
+}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Something to score: one reader under one arm.
+
+    condition, seed, step, wire: the channel, its checkpoint and the format of the wire, for arms that use a channel.
+    budget: the tokens or bytes that a cut text may have, for the budget arms.
+    """
+
+    arm: Arm
+    reader: str
+    condition: str = ""
+    seed: int = 0
+    step: int = 0
+    wire: WireKind | Literal[""] = ""
+    budget: int = 0
+
+    @property
+    def key(self) -> tuple[str | int, ...]:
+        """The values of SUBJECT_COLUMNS."""
+        return tuple(asdict(self)[name] for name in SUBJECT_COLUMNS)
+
+    def __str__(self) -> str:
+        """How logs call it."""
+        channel = f" of {self.condition} (seed {self.seed}, step {self.step}, {self.wire})" if self.condition else ""
+        return f"{self.arm}{channel}{f' of {self.budget}' if self.budget else ''}, read by {self.reader}"
+
+
+class Interval(StrictModel):
+    """A mean over n items with its 95 % bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+class Measurement(StrictModel):
+    """One subject on one split. Shares are of one; None where the arm does not have the measure."""
+
+    arm: Arm
+    reader: str
+    condition: str
+    seed: int
+    step: int
+    wire: WireKind | Literal[""]
+    budget: int
+    split: Split
+    items: int
+    f1: Interval | None
+    exact: Interval | None
+    gold_nll: Interval | None
+    first_at_1: Interval | None
+    first_at_5: Interval | None
+    top_first_token_share: float | None
+    bytes: float | None
+    text_bytes: float
+    prompt_tokens: float | None
+    text_tokens: float | None
+    seconds: float | None
+
+    @property
+    def subject(self) -> Subject:
+        """What was measured."""
+        return Subject(**{name: getattr(self, name) for name in SUBJECT_COLUMNS})
+
+
+class Selection(StrictModel):
+    """The checkpoint of every reported number of one channel."""
+
+    condition: str
+    seed: int
+    step: int
+
+
+class ChannelFacts(StrictModel):
+    """One trained channel: its size, and how much of the test texts its encoder had to cut."""
+
+    condition: str
+    seed: int
+    length: int
+    dimension: int
+    encoder: str
+    trained_parameters: int
+    cut_texts: int
+
+
+class ReaderFacts(StrictModel):
+    """One frozen model of the pair."""
+
+    name: str
+    note: str
+    text_prompt: str
+
+
+class PairResults(StrictModel):
+    """`results.json`: everything that was measured of one pair."""
+
+    pair: str
+    readers: tuple[ReaderFacts, ...]
+    dataset: str
+    dataset_note: str
+    squad_version: str
+    left_out: dict[str, int]
+    evaluation: dict[str, object]
+    condition: str
+    wire: str
+    channels: tuple[ChannelFacts, ...]
+    selections: tuple[Selection, ...]
+    measurements: tuple[Measurement, ...]
+
+    @property
+    def reader_names(self) -> tuple[str, ...]:
+        """The readers, in the pair's order."""
+        return tuple(reader.name for reader in self.readers)
+
+    def selected_step(self, condition: str, seed: int) -> int:
+        """The step of the channel's reported checkpoint."""
+        return {(one.condition, one.seed): one.step for one in self.selections}[condition, seed]
+
+    def of(self, arm: Arm, reader: str, split: Split = "test") -> list[Measurement]:
+        """The measurements of an arm as a reader reads it, at the chosen checkpoints alone, in order of budget."""
+        chosen = [m for m in self.measurements if (m.arm, m.reader, m.split) == (arm, reader, split)]
+        if split == "test":
+            chosen = [m for m in chosen if not m.condition or m.step == self.selected_step(m.condition, m.seed)]
+        return sorted(chosen, key=lambda m: (m.budget, m.condition, m.seed, m.bytes or 0))
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A pair's results with the per-item rows behind them, indexed by subject, split and item."""
+
+    results: PairResults
+    items: pd.DataFrame
+
+
+def load_evaluation(results: Path) -> Evaluation:
+    """Read `results.json` and the `items.parquet` beside it; a missing or damaged file is a `UserError`."""
+    try:
+        pair = PairResults.model_validate(read_json(results))
+    except ValidationError as error:
+        raise UserError(
+            f"{results}: is not a result of this version ({error.error_count()} faults): run evaluate"
+        ) from None
+    path = results.parent / "items.parquet"
+    try:
+        items = pd.read_parquet(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}): delete it and run again") from None
+    return Evaluation(pair, items.set_index([*SUBJECT_COLUMNS, "split", "item_id"]).sort_index())
+
+
+def write_items(items: pd.DataFrame, path: Path) -> None:
+    """Write per-item rows with their fixed columns and types."""
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _typed(items).to_parquet(path, index=False)
+
+
+def measure(items: pd.DataFrame) -> list[Measurement]:
+    """One measurement per subject and split."""
+    return [
+        _measurement(Subject(*key[:-1]), key[-1], group)
+        for key, group in _typed(items).groupby([*SUBJECT_COLUMNS, "split"], sort=True)
+    ]
+
+
+def select_checkpoints(measurements: list[Measurement], rule: str) -> list[Selection]:
+    """Choose each channel's checkpoint by `EvaluationSettings.selection`, by the mean over readers.
+
+    Ties take the earlier step. `best_on_test` takes the best F1 on the test split.
+    """
+    split = "test" if rule == "best_on_test" else "validation"
+    latent = [m for m in measurements if m.arm == "latent" and m.split == split and m.reader not in COMBINED]
+    selections = []
+    for condition, seed in sorted({(m.condition, m.seed) for m in latent}):
+        steps = sorted({m.step for m in latent if (m.condition, m.seed) == (condition, seed)})
+        runs = {s: [m for m in latent if (m.condition, m.seed, m.step) == (condition, seed, s)] for s in steps}
+        if rule == "last":
+            best = steps[-1]
+        elif rule == "gold_nll":
+            best = min(steps, key=lambda step: sum(m.gold_nll.value for m in runs[step] if m.gold_nll))
+        else:
+            best = max(steps, key=lambda step: (sum(m.f1.value for m in runs[step] if m.f1), -step))
+        selections.append(Selection(condition=condition, seed=seed, step=best))
+    return selections
+
+
+def _typed(items: pd.DataFrame) -> pd.DataFrame:
+    return items.reindex(columns=list(ITEM_COLUMNS)).astype(ITEM_COLUMNS)
+
+
+def _measurement(subject: Subject, split: Split, rows: pd.DataFrame) -> Measurement:
+    gold = rows[rows["gold_nll"].notna()]
+    ranks = gold["first_token_rank"].dropna()
+    return Measurement(
+        **asdict(subject),
+        split=split,
+        items=len(rows),
+        f1=_mean(rows["f1"]),
+        exact=_rate(rows["exact"]),
+        gold_nll=_per_token(gold),
+        first_at_1=_rate(ranks <= 1),
+        first_at_5=_rate(ranks <= 5),
+        top_first_token_share=_top_share(rows["first_token"]),
+        **{
+            name: _plain_mean(rows[name]) for name in ("bytes", "text_bytes", "prompt_tokens", "text_tokens", "seconds")
+        },
+    )
+
+
+def share_interval(values: ArrayLike) -> Estimate:
+    """Mean of values in [0, 1], such as F1, with its interval.
+
+    Never narrower than Wilson's of as many whole successes: the bootstrap's is a point where every value is 0 or 1.
+    """
+    shares = np.asarray(values, dtype=float)
+    mean, whole = bootstrap_mean_interval(shares), wilson_interval(round(shares.sum()), len(shares))
+    return Estimate(mean.value, min(mean.low, whole.low), max(mean.high, whole.high), mean.n)
+
+
+def _mean(values: pd.Series) -> Interval | None:
+    values = values.dropna()
+    return None if values.empty else _interval(share_interval(values))
+
+
+def _rate(values: pd.Series) -> Interval | None:
+    values = values.dropna()
+    return None if values.empty else _interval(wilson_interval(int(values.sum()), len(values)))
+
+
+def _per_token(gold: pd.DataFrame) -> Interval | None:
+    if gold.empty:
+        return None
+    return _interval(bootstrap_ratio_interval(gold["gold_nll"].astype(float), gold["gold_tokens"].astype(float)))
+
+
+def _top_share(tokens: pd.Series) -> float | None:
+    """The share of the most frequent first token: near 1 where a reader says the same whatever it is sent."""
+    tokens = tokens.dropna()
+    return None if tokens.empty else round(float(tokens.value_counts(normalize=True).iloc[0]), 6)
+
+
+def _plain_mean(values: pd.Series) -> float | None:
+    values = values.dropna()
+    return None if values.empty else round(float(values.astype(float).mean()), 6)
+
+
+def _interval(estimate: Estimate) -> Interval:
+    return Interval(n=estimate.n, **{name: round(getattr(estimate, name), 6) for name in ("value", "low", "high")})

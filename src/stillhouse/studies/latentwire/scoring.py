@@ -1,0 +1,128 @@
+"""One reader's answers to a batch of prompts: likelihood of the gold answer, rank of its first token, and greedy text.
+
+Stands between the arms, which make prompts, and `evaluate`, which keeps rows.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from stillhouse.studies.latentwire.config import AnswerGenerationSettings
+from stillhouse.studies.latentwire.data import AnswerTokens, WireExample, answer_tokens
+from stillhouse.studies.latentwire.reader import Prompt, Reader
+
+
+@dataclass(frozen=True)
+class Presentation:
+    """How one arm presents every example to one reader.
+
+    render: the prompts of a batch, from the examples' indices. content: positions that carry the content, per
+    example, without BOS and anchor. bytes: what is sent for each; None where the arm sends nothing that counts.
+    """
+
+    render: Callable[[Sequence[int]], Prompt]
+    content: Sequence[int]
+    bytes: Sequence[int | None]
+
+    @property
+    def order(self) -> list[int]:
+        """The examples, longest first: prompts of like length share a batch."""
+        return sorted(range(len(self.content)), key=lambda index: -self.content[index])
+
+
+@dataclass(frozen=True)
+class ItemScore:
+    """What one reader made of one prompt.
+
+    gold_nll: nats of the first gold answer, summed over its `gold_tokens`, its end included. first_token: the most
+    likely one. first_token_rank: of the best-ranked first token of any gold answer, from 1. output: None where
+    nothing was generated. seconds: the item's share of its batch.
+    """
+
+    gold_nll: float
+    gold_tokens: int
+    first_token: int
+    first_token_rank: int
+    output: str | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class ScoringSettings:
+    """generation: None where likelihoods are enough."""
+
+    batch_size: int
+    generation: AnswerGenerationSettings | None
+
+
+@torch.no_grad()
+def score_items(
+    reader: Reader,
+    examples: Sequence[WireExample],
+    presentation: Presentation,
+    settings: ScoringSettings,
+    indices: Collection[int] | None = None,
+) -> dict[int, ItemScore]:
+    """The scores of the examples at `indices` (None: all)."""
+    wanted = [index for index in presentation.order if indices is None or index in indices]
+    scores: dict[int, ItemScore] = {}
+    for batch in batches(wanted, settings.batch_size):
+        began = time.monotonic()
+        prompt = presentation.render(batch)
+        found = _gold_scores(reader, prompt, [examples[index] for index in batch])
+        if settings.generation is not None:
+            outputs = reader.generate(prompt, settings.generation)
+            found = [replace(one, output=output) for one, output in zip(found, outputs, strict=True)]
+        seconds = (time.monotonic() - began) / len(batch)
+        scores |= {index: replace(one, seconds=seconds) for index, one in zip(batch, found, strict=True)}
+    return scores
+
+
+@torch.no_grad()
+def candidate_nll(
+    reader: Reader, presentation: Presentation, candidates: Sequence[str], batch_size: int
+) -> list[float]:
+    """Nats per token of one candidate answer per example, its end included."""
+    nll = [0.0] * len(candidates)
+    for batch in batches(presentation.order, batch_size):
+        answers = answer_tokens([reader.answer_ids(candidates[index]) for index in batch])
+        sums, counts, _ = _sums(reader, presentation.render(batch), answers)
+        for index, value in zip(batch, (sums / counts).tolist(), strict=True):
+            nll[index] = value
+    return nll
+
+
+def batches(indices: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    """Consecutive parts of at most `size`."""
+    for start in range(0, len(indices), size):
+        yield indices[start : start + size]
+
+
+def _gold_scores(reader: Reader, prompt: Prompt, examples: Sequence[WireExample]) -> list[ItemScore]:
+    answers = answer_tokens([reader.answer_ids(example.answer) for example in examples])
+    sums, counts, first = _sums(reader, prompt, answers)
+    scores = []
+    for row, example in enumerate(examples):
+        logits = first[row]
+        golds = {reader.answer_ids(gold)[0] for gold in example.answers or ("",)}
+        best = logits[torch.tensor(sorted(golds), device=logits.device)].max()
+        rank = int((logits > best).sum()) + 1
+        scores.append(ItemScore(sums[row].item(), int(counts[row]), int(logits.argmax()), rank, None, 0.0))
+    return scores
+
+
+def _sums(reader: Reader, prompt: Prompt, answers: AnswerTokens) -> tuple[Tensor, Tensor, Tensor]:
+    """Nats and tokens per answer, [batch] each, and the logits that predict the first tokens, [batch, vocabulary]."""
+    rows = reader.answer_rows(prompt, answers.to(prompt.inputs_embeds.device))
+    logits = rows.logits.float()
+    nats = functional.cross_entropy(logits, rows.labels, reduction="none").double()
+    batch = len(prompt.inputs_embeds)
+    sums = torch.zeros(batch, dtype=torch.float64, device=nats.device).index_add_(0, rows.example, nats)
+    counts = torch.bincount(rows.example, minlength=batch)
+    return sums, counts, logits[rows.position == 0]
