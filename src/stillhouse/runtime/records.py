@@ -100,7 +100,8 @@ class RunRecord:
                 "packages": package_versions(),
                 "python": platform.python_version(),
                 "devices": devices(),
-                "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
+                "visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES"),
+                "scheduler": scheduler(),
                 "host": platform.node(),
                 "started": self.started.isoformat(timespec="seconds"),
                 "seconds": round(time.monotonic() - self._start, 3),
@@ -141,6 +142,18 @@ def devices() -> list[str]:
     if torch is not None and torch.cuda.is_available():
         return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return [f"{_processor_name()} ({len(os.sched_getaffinity(0))} cores)"]
+
+
+def scheduler() -> dict[str, str | None] | None:
+    """The Slurm job that the run is part of, its node and how often Slurm started it again; None outside Slurm."""
+    if "SLURM_JOB_ID" not in os.environ:
+        return None
+    return {
+        "slurm_job_id": os.environ["SLURM_JOB_ID"],
+        "node": os.environ.get("SLURMD_NODENAME"),
+        "partition": os.environ.get("SLURM_JOB_PARTITION"),
+        "restarts": os.environ.get("SLURM_RESTART_COUNT", "0"),
+    }
 
 
 def peak_memory_mib() -> dict[str, float]:
