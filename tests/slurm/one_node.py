@@ -25,14 +25,12 @@ MARK = "# Written by tests/slurm/one_node.py of Stillhouse; `one_node.py down` r
 DEFAULT_DIRECTORY = Path(tempfile.gettempdir()) / "stillhouse-slurm"
 GPUS = 4
 NODE = "localhost"
-# One node in two partitions, as on a cluster with a queue for GPU jobs. A requeued job may start again after
-# `cred_expire` seconds (two minutes by default).
+# One node in two partitions, as on a cluster with a queue for GPU jobs.
 SLURM_CONF = """\
 ClusterName=stillhouse
 SlurmctldHost={node}
 SlurmUser=root
 AuthType=auth/munge
-AuthInfo=cred_expire=3
 MpiDefault=none
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none

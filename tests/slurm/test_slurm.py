@@ -26,7 +26,7 @@ STUDENT = "context_distillation/tiny/students/baseline/seed_{seed}"
 COMPARED = ("evaluation/results.json", "evaluation/items.parquet")
 # As shipped, but asking more often: the plugin looks after 40 seconds, which spares a shared controller.
 PROFILE = ("--workflow-profile", "profiles/slurm", "--latency-wait", "5")
-IMPATIENT = ("--slurm-init-seconds-before-status-checks", "1", "--seconds-between-status-checks", "1")
+IMPATIENT = ("--slurm-init-seconds-before-status-checks", "8", "--seconds-between-status-checks", "1")
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.xdist_group("slurm"), pytest.mark.timeout(900)]
 
@@ -58,6 +58,8 @@ def test_a_workflow_that_loses_a_job_and_a_node_ends_with_the_results_of_an_undi
         set_node("down")
         wait(lambda: (lost, "PENDING") in states(), process, f"job {lost} to be queued again")
         set_node("resume")
+        # Slurm lets a job that it lost wait for two minutes.
+        one_node.run("scontrol", "update", f"JobId={lost}", "StartTime=now")
         assert process.wait(600) == 0, messages(project)
         assert reference.wait(600) == 0, messages(undisturbed)
     finally:
