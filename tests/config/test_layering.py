@@ -151,7 +151,7 @@ def test_a_sweep_fans_out_and_its_points_share_the_cache(tmp_path: Path) -> None
     [
         ({"a": {"b": 1, "c": (1, 2)}, "d": None}, {"a": {"b": {"x": 2}}, "d": {"e": [{"f": (3,)}]}}),
         ({"a": {"b": {"x": 1}}, "l": [1, 2, 3]}, {"a": {"b": None}, "l": []}, {"a": {}, "l": [4]}),
-        ({"a": [{"x": 1}]}, {"a": {"x": 1}}, {"a": {"y": 1e-5, "z": True}}),
+        ({"a": {"x": 1}}, {"a": {"y": 1e-5, "z": True}, "b": [{"x": 1}]}, {"b": [{"y": "2"}]}),
     ],
 )
 def test_layers_without_interpolation_merge_as_omegaconf_merges_them(layers: tuple[dict, ...]) -> None:

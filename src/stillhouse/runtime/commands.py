@@ -52,6 +52,22 @@ def run_step(model: type[Settings], main: Callable[[Settings], None]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        print(
+            f"error: out of memory ({reason}): lower the token budget or batch size of this step, or use a larger "
+            "device; what was finished is kept, and the same command continues",
+            file=sys.stderr,
+        )
+        raise SystemExit(1) from None
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out on a device (torch's own error, not imported here) or on the host."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return bool(names & {"MemoryError", "OutOfMemoryError"}) or "can't allocate memory" in str(error)
 
 
 def path_arguments(name: str, paths: str | Sequence[str]) -> list[str]:
