@@ -16,7 +16,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     directory = tmp_path_factory.mktemp("slurm") / "node"
     try:
         one_node.up(directory)
-    except one_node.SlurmUnavailable as reason:
+    except one_node.SlurmUnavailableError as reason:
         one_node.down(directory)
         pytest.skip(f"no Slurm here: {reason}")
     yield directory

@@ -8,6 +8,7 @@ takes `SLURM_CONF` out of their environment); a configuration that this program 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -63,26 +64,26 @@ GRES_CONF = "NodeName={node} Name=gpu File={directory}/devices/gpu[0-{last}]\n"
 CGROUP_CONF = "CgroupPlugin=cgroup/v1\nCgroupAutomount=no\n"
 
 
-class SlurmUnavailable(Exception):
+class SlurmUnavailableError(Exception):
     """Slurm cannot run here; the message says why and what would change that."""
 
 
 def ensure_installed() -> None:
     """Check for root and the programs; where `CI` is set the packages are installed, elsewhere they are named."""
     if sys.platform != "linux" or os.geteuid() != 0:
-        raise SlurmUnavailable("a one-node Slurm needs root on Linux")
+        raise SlurmUnavailableError("a one-node Slurm needs root on Linux")
     if missing := [program for program in PROGRAMS if not find(program)]:
         install = ["apt-get", "install", "-y", "--no-install-recommends", *PACKAGES]
         if not os.environ.get("CI") or not shutil.which("apt-get"):
-            raise SlurmUnavailable(f"{', '.join(missing)} not installed: {' '.join(install)}")
+            raise SlurmUnavailableError(f"{', '.join(missing)} not installed: {' '.join(install)}")
         environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
         for command in (["apt-get", "update"], install):
             done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:
-            raise SlurmUnavailable(f"{' '.join(install)} failed: {done.stderr.strip()[-300:]}")
+            raise SlurmUnavailableError(f"{' '.join(install)} failed: {done.stderr.strip()[-300:]}")
     conf = CONFIGURATION / "slurm.conf"
     if conf.exists() and not conf.read_text().startswith(MARK):
-        raise SlurmUnavailable(f"{conf} belongs to another Slurm; it is left alone")
+        raise SlurmUnavailableError(f"{conf} belongs to another Slurm; it is left alone")
 
 
 def find(program: str) -> str | None:
@@ -97,7 +98,7 @@ def up(directory: Path = DEFAULT_DIRECTORY) -> None:
     for name in ("state", "spool", "devices"):
         (directory / name).mkdir(parents=True)
     for number in range(GPUS):
-        os.mknod(directory / f"devices/gpu{number}", 0o20666, os.stat("/dev/null").st_rdev)
+        os.mknod(directory / f"devices/gpu{number}", 0o20666, Path("/dev/null").stat().st_rdev)
     values = {"node": NODE, "directory": directory, "gpus": GPUS, "last": GPUS - 1}
     for name, text in (("slurm", SLURM_CONF), ("gres", GRES_CONF), ("cgroup", CGROUP_CONF)):
         (CONFIGURATION / f"{name}.conf").write_text(MARK + text.format(**values))
@@ -163,11 +164,20 @@ def queue(states: str = "pending,configuring,running,completing", format: str = 
     return run("squeue", "--noheader", f"--states={states}", f"--format={format}").splitlines()
 
 
+def runs_here(job: str) -> bool:
+    """Whether anything of a job is still on the node, be it a job that Slurm has put back into its queue."""
+    for command in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if command.read_bytes().startswith(f"slurmstepd: [{job}.".encode()):
+                return True
+    return False
+
+
 def run(*command: str) -> str:
     """Run a command; its output, or an error with what it said."""
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise SlurmUnavailable(f"{' '.join(command)}: {(done.stderr or done.stdout).strip()[-500:]}")
+        raise SlurmUnavailableError(f"{' '.join(command)}: {(done.stderr or done.stdout).strip()[-500:]}")
     return done.stdout.strip()
 
 
@@ -182,7 +192,7 @@ def wait_for(condition: Callable[[], bool], what: str, log: Path, seconds: float
     while not condition():
         if time.monotonic() > deadline:
             end = log.read_text(errors="replace")[-1500:] if log.exists() else "no log"
-            raise SlurmUnavailable(f"waited {seconds:g} s for {what}: {end}")
+            raise SlurmUnavailableError(f"waited {seconds:g} s for {what}: {end}")
         time.sleep(0.1)
 
 
@@ -192,5 +202,5 @@ if __name__ == "__main__":
         raise SystemExit(__doc__)
     try:
         commands[sys.argv[1]](Path(sys.argv[2]).absolute() if len(sys.argv) > 2 else DEFAULT_DIRECTORY)
-    except SlurmUnavailable as error:
+    except SlurmUnavailableError as error:
         raise SystemExit(f"error: {error}") from None

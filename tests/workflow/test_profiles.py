@@ -1,4 +1,4 @@
-"""Each profile plans the whole workflow with its real executor plugin, and gives every rule what a cluster must know."""
+"""Each profile plans the whole workflow with its real executor plugin, and places every rule."""
 
 from __future__ import annotations
 
