@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
+from functools import cached_property, wraps
 from typing import Any, TypeVar, cast
 
-from pydantic import BaseModel, ConfigDict, PrivateAttr
+from pydantic import BaseModel, ConfigDict
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -16,7 +16,10 @@ class StrictModel(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
-    _answers: dict[tuple[Any, ...], Any] = PrivateAttr(default_factory=dict)
+    @cached_property
+    def _answers(self) -> dict[tuple[Any, ...], Any]:
+        """What `remembered` methods have computed; unlike a private attribute it is no part of equality."""
+        return {}
 
 
 class SettingError(ValueError):
