@@ -42,8 +42,8 @@ $(VENV)/installed: envs/$(ENVIRONMENT).txt pyproject.toml
 	$(INSTALL) --no-build-isolation -e .
 	@touch $@
 
-$(VENV)/installed-test: $(VENV)/installed envs/test.txt
-	$(INSTALL) -r envs/test.txt
+$(VENV)/installed-test: $(VENV)/installed envs/test.txt envs/cluster.txt
+	$(INSTALL) -r envs/test.txt -r envs/cluster.txt
 	@touch $@
 
 clean-environment:

@@ -7,7 +7,7 @@ from snakemake.exceptions import WorkflowError
 
 from stillhouse.config.layering import nearest
 from stillhouse.runtime.code_digests import code_digests
-from stillhouse.runtime.commands import dotted_arguments
+from stillhouse.runtime.commands import dotted_arguments, path_arguments
 from stillhouse.runtime.errors import ConfigurationError
 from stillhouse.studies.configuration import STUDIES, load_configuration
 
@@ -47,8 +47,9 @@ def settings(**leaves):
 def named_inputs(wildcards, input):
     """The rule's inputs as `name=path` arguments of its step; lists become `name=[path,path]`."""
     return [
-        f"{name}=[{','.join(paths)}]" if isinstance(paths, list) else f"{name}={paths}"
-        for name, paths in ((name, _plain(input.get(name))) for name in input.keys())
+        argument
+        for name in input.keys()
+        for argument in path_arguments(name, _plain(input.get(name)))
     ]
 
 

@@ -6,6 +6,11 @@ import os
 from pathlib import Path
 
 import pytest
+from support.fault_table import (  # noqa: F401 (hooks)
+    pytest_addoption,
+    pytest_collection_modifyitems,
+    pytest_terminal_summary,
+)
 
 # Before any library reads them: tests never reach a hub, and tiny matrices are slower on more threads than one.
 os.environ["HF_HUB_OFFLINE"] = "1"

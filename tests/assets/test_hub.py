@@ -72,12 +72,14 @@ def test_a_second_fetch_downloads_nothing(hub: HubServer, tmp_path: Path) -> Non
     assert len(hub.downloads) == before
 
 
+@pytest.mark.fault("hub that answers slowly", "waited for; the files are whole")
 def test_a_slow_hub_is_waited_for(hub: HubServer, tmp_path: Path) -> None:
     hub.delay = 0.02
     folder = fetch("mine", entry(), wanted_files(False), tmp_path / "scratch")
     assert (folder / "model.safetensors").stat().st_size == len(WEIGHTS)
 
 
+@pytest.mark.fault("hub that breaks off in a file", "continued at the byte where it stopped")
 def test_an_answer_that_breaks_off_is_continued_where_it_stopped(hub: HubServer, tmp_path: Path) -> None:
     hub.break_after, hub.breaks = 100_000, 2
     folder = fetch("mine", entry(), ("model.safetensors",), tmp_path / "scratch")
@@ -85,6 +87,10 @@ def test_an_answer_that_breaks_off_is_continued_where_it_stopped(hub: HubServer,
     assert [part for _, _, part in hub.requests if part] == ["bytes=65536-", "bytes=131072-"]
 
 
+@pytest.mark.fault(
+    "hub that keeps breaking off",
+    "a line that says what to do; nothing taken for whole; a later run finishes",
+)
 def test_a_hub_that_keeps_breaking_off_is_told_and_nothing_is_taken_for_whole(hub: HubServer, tmp_path: Path) -> None:
     hub.break_after, hub.breaks = 0, 1000
     with pytest.raises(UserError, match=r"hub repository people/model .*no network: .*run the same command again"):
@@ -110,6 +116,7 @@ def test_a_gated_repository_asks_for_the_licence_and_a_token(hub: HubServer, tmp
         fetch("mine", entry(), ("*.json",), tmp_path / "scratch")
 
 
+@pytest.mark.fault("hub that does not answer", "a line that names the source and the ways out")
 def test_without_network_the_message_names_the_source_and_the_way_out(
     hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

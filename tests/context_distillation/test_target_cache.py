@@ -80,6 +80,10 @@ def test_the_record_holds_the_teacher_s_own_nll(tmp_path: Path) -> None:
     assert record["teacher_gold_nll_per_token"] == pytest.approx(sum(losses).item() / tokens, rel=1e-5)
 
 
+@pytest.mark.fault(
+    "kill -9 of a teacher cache between shards",
+    "finished shards kept; the cache equals an undisturbed one bit for bit",
+)
 def test_a_build_killed_between_shards_goes_on_and_equals_an_undisturbed_one(tmp_path: Path) -> None:
     calls = tmp_path / "calls"
     calls.touch()
@@ -109,14 +113,22 @@ def test_a_build_killed_between_shards_goes_on_and_equals_an_undisturbed_one(tmp
             assert path.read_bytes() == (resumed / path.name).read_bytes(), path.name
 
 
-def test_a_half_written_shard_of_an_earlier_attempt_is_computed_again(tmp_path: Path) -> None:
+@pytest.mark.fault("truncated or bit-flipped shard of an earlier attempt", "computed again, the others kept")
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[: len(data) // 2], lambda data: data[:-1] + bytes([data[-1] ^ 1])]
+)
+def test_a_damaged_shard_of_an_earlier_attempt_is_computed_again(tmp_path: Path, damage) -> None:
     shards = compute_shards(tmp_path / "work", PLAN, top_k)
     whole = shards[1].read_bytes()
-    shards[1].write_bytes(whole[: len(whole) // 2])
+    shards[1].write_bytes(damage(whole))
     compute_shards(tmp_path / "work", PLAN, top_k)
     assert shards[1].read_bytes() == whole
 
 
+@pytest.mark.fault(
+    "bit flip or cut in a finished teacher cache",
+    "refused; the line names the file and what to delete",
+)
 @pytest.mark.parametrize("name", ["shard-00001.safetensors", "index.json"])
 def test_a_corrupt_file_is_named(tmp_path: Path, name: str) -> None:
     cache = build(tmp_path)
@@ -136,6 +148,7 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
         TargetCache(cache)
 
 
+@pytest.mark.fault("shard that breaks while it is read", "refused; the line names the file and what to delete")
 def test_a_shard_that_breaks_while_it_is_used_is_named(tmp_path: Path) -> None:
     cache = TargetCache(build(tmp_path))
     (tmp_path / "cache" / "shard-00001.safetensors").unlink()

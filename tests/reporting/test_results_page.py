@@ -87,6 +87,15 @@ def test_gpu_hours_count_devices_and_cost_follows_the_price(tmp_path: Path) -> N
     assert "cost, EUR" in page
     assert cells(page, "all")[1:] == ["1", "30.0", "2.00", "1.0", "20.0", "7.00"]
     assert "Hardware: NVIDIA H200\n" in page
+    assert "energy" not in page
+
+
+def test_energy_is_summed_where_devices_count_it(tmp_path: Path) -> None:
+    usage = {"devices": [{"energy_joules": 1.8e6}, {"energy_joules": None}, {"energy_joules": 3.6e6}]}
+    page = make(tmp_path, record(tmp_path / "a.json", device_usage=usage), record(tmp_path / "b.json", module="other"))
+    assert "GPU energy, kWh" in page
+    assert cells(page, "all")[-1] == "1.500"
+    assert cells(page, "other")[-1] == "\N{EN DASH}"
 
 
 def test_the_code_state_is_named(tmp_path: Path) -> None:

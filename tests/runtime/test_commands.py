@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from stillhouse.runtime.commands import dotted_arguments, parse_settings
+from stillhouse.runtime.commands import dotted_arguments, parse_settings, path_arguments
 from stillhouse.runtime.errors import ConfigurationError
 from stillhouse.studies.context_distillation.config import CONDITIONS, ContextDistillationConfig, RunSettings
 
@@ -29,6 +29,20 @@ def test_awkward_strings_survive_the_command_line(text: str) -> None:
 
     one = One(value=text, values=(text, "x"))
     assert parse_settings(One, dotted_arguments(one.model_dump(mode="json"))) == one
+
+
+@pytest.mark.parametrize("count", [0, 1, 400, 401, 10_228])
+def test_a_list_of_paths_of_any_length_fits_the_operating_systems_arguments(count: int) -> None:
+    from stillhouse.config.base import StrictModel
+
+    class Paths(StrictModel):
+        students: tuple[str, ...]
+        output: str
+
+    paths = tuple(f"results/context_distillation/model/students/condition_{number}/seed_0" for number in range(count))
+    arguments = [*path_arguments("students", paths), *path_arguments("output", "here")]
+    assert max(map(len, arguments)) < 2**17
+    assert parse_settings(Paths, arguments) == Paths(students=paths, output="here")
 
 
 def test_an_unknown_key_names_the_nearest() -> None:

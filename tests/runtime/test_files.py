@@ -18,6 +18,7 @@ from stillhouse.runtime.files import (
 )
 
 
+@pytest.mark.fault("disk full while a file is replaced", "the old file is whole; one line that names the path")
 def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "value.txt"
     atomic_write_text(path, "old")
@@ -49,6 +50,7 @@ def test_a_staged_directory_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     assert [path.name for path in final.iterdir()] == ["whole"]
 
 
+@pytest.mark.fault("damaged file or manifest in an output", "refused; the line names the file and what to delete")
 @pytest.mark.parametrize(
     ("damage", "message"),
     [

@@ -171,6 +171,7 @@ class TooLarge(AnswerCrossEntropy):
         return super().__call__(model, micro_batch, step)
 
 
+@pytest.mark.fault("out of memory in a step", "micro-batch halved, same effective batch, same weights")
 def test_exhausted_memory_halves_the_micro_batch_and_changes_nothing(
     tiny_model: Path, tmp_path: Path, reference: nn.Module
 ) -> None:
@@ -181,6 +182,7 @@ def test_exhausted_memory_halves_the_micro_batch_and_changes_nothing(
     assert_equal_weights(model, reference, tolerance=2e-5)
 
 
+@pytest.mark.fault("out of memory with a single example", "a line that names the step and three remedies")
 def test_an_example_that_does_not_fit_in_memory_is_a_clear_error(tiny_model: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="step 1: a single example does not fit in memory"):
         tiny_train(tiny_model, tmp_path, tiny_settings(), objective=TooLarge(limit=10))

@@ -47,6 +47,10 @@ def assert_bit_equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tenso
     assert all(torch.equal(left[name], right[name]) for name in left)
 
 
+@pytest.mark.fault(
+    "kill -9 of a trainer in a step, then while it writes a state",
+    "resumed where it stopped; weights and losses bit for bit those of an undisturbed run",
+)
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_killed_run_ends_with_the_weights_of_an_undisturbed_one(
@@ -73,6 +77,10 @@ def test_a_killed_run_ends_with_the_weights_of_an_undisturbed_one(
     assert [row["loss"] for row in rows[0]] == [row["loss"] for row in rows[1]]
 
 
+@pytest.mark.fault(
+    "SIGTERM to a trainer",
+    "saves its state within the step and exits with status 75 for a requeue; resumed from there",
+)
 @pytest.mark.slow
 def test_sigterm_saves_the_state_and_exits_with_a_status_of_its_own(tiny_model: Path, tmp_path: Path) -> None:
     stopped = run_program(tiny_model, tmp_path, "--terminate-at", "5")
@@ -94,6 +102,10 @@ def test_a_killed_run_on_a_gpu_ends_with_the_weights_of_an_undisturbed_one(tiny_
     torch.testing.assert_close(final_weights(killed), final_weights(undisturbed), atol=1e-4, rtol=0)
 
 
+@pytest.mark.fault(
+    "bit flip in a resumable state or a checkpoint",
+    "named in the log; resumed from the state before; equal weights",
+)
 @pytest.mark.parametrize("victim", ["state-6/state.safetensors", "checkpoint-8/adapter_model.safetensors"])
 def test_a_corrupt_file_makes_the_run_continue_from_an_earlier_state(
     tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, victim: str
@@ -131,6 +143,10 @@ def test_a_finished_run_does_nothing_but_hand_out_its_results_again(tiny_model: 
     assert_bit_equal(final_weights(tmp_path), first)
 
 
+@pytest.mark.fault(
+    "disk full while a state is written, as safetensors tells it",
+    "one line that names the path; earlier states kept and resumed from",
+)
 def test_a_full_disk_is_named_and_loses_no_earlier_state(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,6 +171,7 @@ def test_a_state_of_another_model_is_refused(tiny_model: Path, tmp_path: Path) -
         tiny_train(tiny_model, tmp_path, tiny_settings(lora={"rank": 2, "dropout": 0.0}))
 
 
+@pytest.mark.fault("torn last line of a metrics file", "dropped; the resumed curve has each step once")
 def test_metrics_after_the_resumed_step_and_torn_lines_are_dropped(tmp_path: Path) -> None:
     from stillhouse.training.tracking import MetricsFile
 

@@ -104,6 +104,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--kill-at", type=int)
+    parser.add_argument("--kill-rank", type=int, default=0)
     parser.add_argument("--terminate-at", type=int)
     parser.add_argument("--kill-in-state", type=int)
     parser.add_argument("--method", default="lora")
@@ -113,7 +114,8 @@ def main() -> None:
     torch.set_num_threads(1)
     if arguments.kill_in_state:
         _die_while_writing_state(arguments.kill_in_state)
-    objective = AnswerCrossEntropy(arguments.kill_at)
+    own_rank = int(os.environ.get("RANK", "0")) == arguments.kill_rank
+    objective = AnswerCrossEntropy(arguments.kill_at if own_rank else None)
     if arguments.terminate_at:
         objective = AnswerCrossEntropy(arguments.terminate_at, signal.SIGTERM)
     settings = tiny_settings(method=arguments.method, lora={"rank": 4, "alpha": 8, "dropout": arguments.dropout})

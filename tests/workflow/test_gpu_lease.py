@@ -112,6 +112,7 @@ def test_a_job_gets_uuids_and_the_device_order(machine):
     assert (status, out) == (0, "GPU-a,GPU-b PCI_BUS_ID")
 
 
+@pytest.mark.fault("kill -9 of a job that holds GPUs (stale lock)", "its devices are free at once")
 def test_kill_9_of_the_job_releases_its_devices_and_waiters_are_told_its_pid(machine):
     job = machine.hold("1", "--", "sleep", "30", gpus="GPU-a")
     status, _, error = machine.run("1", "--timeout", "0.1", "--", "true", gpus="GPU-a")
@@ -343,6 +344,7 @@ def nvml(machine: FakeMachine, monkeypatch: pytest.MonkeyPatch, lease_module) ->
     sys.modules.pop("pynvml", None)
 
 
+@pytest.mark.fault("GPU that fell off the bus, before a job starts", "passed over; other devices are leased")
 def test_nvml_tells_the_devices_and_which_are_occupied_or_lost(machine, nvml, lease_module):
     (machine.directory / "pynvml.py").write_text(FAKE_NVML.format(start="pass"))
     node = lease_module.find_node()

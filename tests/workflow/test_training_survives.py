@@ -35,6 +35,10 @@ def untrained(finished: Workflow, tmp_path: Path) -> Workflow:
     return Workflow(copy)
 
 
+@pytest.mark.fault(
+    "kill -9 of the workflow and its jobs in a training",
+    "after --unlock: resumed where it stopped; equal weights",
+)
 def test_a_workflow_killed_in_the_middle_of_training_ends_with_equal_weights(
     finished: Workflow, untrained: Workflow
 ) -> None:

@@ -173,6 +173,7 @@ def test_the_workflow_never_imports_torch(project: Workflow) -> None:
     assert done.stdout.splitlines()[-1] == "False False"
 
 
+@pytest.mark.fault("two workflows in one directory", "the second is refused by a line that says why")
 def test_two_workflows_in_one_directory_are_told_apart(project: Workflow) -> None:
     request = ["results/context_distillation/section.md", "--forcerun", "context_distillation_report"]
     with project.start(*request) as first:

@@ -9,8 +9,9 @@ last finished one.
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import accumulate
@@ -115,7 +116,8 @@ def compute_shards(
         tensors = {name: tensor.cpu().contiguous() for name, tensor in targets.tensors.items()}
         tensors["answer_ids"] = torch.tensor(answer_tokens, dtype=torch.int32)
         lengths = [len(answer) for answer in targets.answers]
-        metadata = {"examples": json.dumps([list(ids), lengths])}
+        # One entry: safetensors writes several in any order, and equal shards must be equal files.
+        metadata = {"examples": json.dumps([list(ids), lengths, _digest(tensors)])}
         atomic_write_bytes(path, save(tensors, metadata))
         logger.info("teacher cache: shard %d of %d, %d answer tokens", number + 1, len(plan), len(answer_tokens))
     return paths
@@ -131,7 +133,7 @@ def publish_cache(
         for number, shard in enumerate(shards):
             link_or_copy(shard, staging / shard.name)
             with safe_open(shard, framework="pt") as tensors:
-                ids, lengths = json.loads(tensors.metadata()["examples"])
+                ids, lengths, _ = json.loads(tensors.metadata()["examples"])
                 if facts.mode == "top_k":
                     rows = tensors.get_tensor("log_partition").double() - tensors.get_tensor("gold_logit").double()
                     nll += rows.nansum()
@@ -210,7 +212,16 @@ class TargetCache:
 
 def _finished(path: Path, ids: Sequence[str]) -> bool:
     try:
-        with safe_open(path, framework="pt") as tensors:
-            return bool(json.loads(tensors.metadata()["examples"])[0] == list(ids))
-    except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError):
+        with safe_open(path, framework="pt") as shard:
+            found, _, sha256 = json.loads(shard.metadata()["examples"])
+        return found == list(ids) and sha256 == _digest(load_file(path))
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError):
         return False
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """Sha256 over the tensors' bytes: a shard of an earlier attempt has no manifest yet."""
+    hasher = hashlib.sha256()
+    for _, tensor in sorted(tensors.items()):
+        hasher.update(tensor.view(torch.uint8).numpy().data)
+    return hasher.hexdigest()

@@ -44,6 +44,18 @@ class GitState(BaseModel):
     dirty: bool
 
 
+class DeviceEnergy(BaseModel):
+    """What the page reads of a watched GPU; None where the device does not count its energy."""
+
+    energy_joules: float | None = None
+
+
+class DeviceUsage(BaseModel):
+    """The GPUs that NVML watched during a run; none on a CPU."""
+
+    devices: tuple[DeviceEnergy, ...] = ()
+
+
 class Record(BaseModel):
     """What the page reads of a run record."""
 
@@ -56,6 +68,7 @@ class Record(BaseModel):
     packages: dict[str, str]
     python: str
     git: GitState | None
+    device_usage: DeviceUsage = DeviceUsage()
 
     @property
     def stage(self) -> str:
@@ -67,6 +80,11 @@ class Record(BaseModel):
         """Hours of all the GPUs that the job held; run records name a processor with its cores."""
         gpus = [device for device in self.devices if not re.search(r"\(\d+ cores\)$", device)]
         return len(gpus) * self.seconds / 3600
+
+    @property
+    def energy_joules(self) -> list[float]:
+        """Energy of each GPU that counts it."""
+        return [device.energy_joules for device in self.device_usage.devices if device.energy_joules is not None]
 
 
 def main(step: ResultsPageStep) -> None:
@@ -119,9 +137,10 @@ def costs(records: Sequence[Record], price: float, currency: str) -> str:
 
 
 def cost_table(records: Sequence[Record], price: float, currency: str) -> Table:
-    """One row a stage and one for the sum; the cost column only where a GPU hour has a price."""
+    """One row a stage and one for the sum; energy only where a GPU counted it, cost only at a price."""
     stages = sorted({record.stage for record in records})
     groups = [(stage, [record for record in records if record.stage == stage]) for stage in stages]
+    energy_counted = any(record.energy_joules for record in records)
     columns = [
         Column("stage"),
         Column("jobs", "integer"),
@@ -129,20 +148,23 @@ def cost_table(records: Sequence[Record], price: float, currency: str) -> Table:
         Column("gpu_hours", "number", 2, "GPU hours"),
         Column("host_memory", "number", 1, "peak memory, GiB"),
         Column("gpu_memory", "number", 1, "peak GPU memory, GiB"),
+        *([Column("energy", "number", 3, "GPU energy, kWh")] if energy_counted else []),
         *([Column("cost", "number", 2, f"cost, {currency}")] if price > 0 else []),
     ]
-    rows = [cost_row(name, group, price) for name, group in [*groups, ("all", list(records))]]
+    rows = [cost_row(name, group, energy_counted, price) for name, group in [*groups, ("all", list(records))]]
     caption = (
         "Job time is the sum over jobs, as each one's last attempt recorded it: jobs that ran side by side both count, "
         "an interrupted attempt and parts kept from an earlier run do not."
+        + (" GPU energy is what the devices themselves count." if energy_counted else "")
     )
     return Table("cost", caption, tuple(columns), tuple(rows))
 
 
-def cost_row(name: str, records: Sequence[Record], price: float) -> tuple[Cell, ...]:
+def cost_row(name: str, records: Sequence[Record], energy_counted: bool, price: float) -> tuple[Cell, ...]:
     """The sums and peaks of one stage."""
     peaks = [(key, mib / 1024) for record in records for key, mib in record.peak_memory_mib.items()]
     gpu_hours = sum(record.gpu_hours for record in records)
+    joules = [energy for record in records for energy in record.energy_joules]
     row: list[Cell] = [
         name,
         len(records),
@@ -151,6 +173,8 @@ def cost_row(name: str, records: Sequence[Record], price: float) -> tuple[Cell, 
         max((gib for key, gib in peaks if key == "host"), default=None),
         max((gib for key, gib in peaks if key != "host"), default=None),
     ]
+    if energy_counted:
+        row.append(sum(joules) / 3.6e6 if joules else None)
     return tuple([*row, gpu_hours * price] if price > 0 else row)
 
 

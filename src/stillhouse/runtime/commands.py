@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
@@ -19,16 +20,24 @@ from stillhouse.runtime.errors import ConfigurationError, UserError
 from stillhouse.runtime.logs import configure_logging
 
 Settings = TypeVar("Settings", bound=BaseModel)
+# Linux takes 128 KiB in one argument; a path has at most 255 bytes or so.
+PATHS_PER_ARGUMENT = 400
 
 
 def parse_settings(model: type[Settings], arguments: Sequence[str]) -> Settings:
-    """Build `model` from `key=value` arguments; a fault is a `ConfigurationError` naming the key."""
+    """Build `model` from `key=value` arguments; a fault is a `ConfigurationError` naming the key.
+
+    `key+=[...]` appends to the list that `key=[...]` began.
+    """
     for argument in arguments:
         if "=" not in argument:
             raise ConfigurationError(f"command line: '{argument}' is not of the form key=value")
     try:
-        container = OmegaConf.to_container(OmegaConf.from_dotlist(list(arguments)), resolve=True)
-        return model.model_validate(container)
+        given = OmegaConf.from_dotlist([argument for argument in arguments if not _appends(argument)])
+        for argument in filter(_appends, arguments):
+            [(key, more)] = OmegaConf.from_dotlist([argument.replace("+=", "=", 1)]).items()
+            given[key].extend(more)
+        return model.model_validate(OmegaConf.to_container(given, resolve=True))
     except ValidationError as error:
         raise ConfigurationError(explain_validation_error(error, model, "command line")) from None
     except OmegaConfBaseException as error:
@@ -43,6 +52,34 @@ def run_step(model: type[Settings], main: Callable[[Settings], None]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        print(
+            f"error: out of memory ({reason}): lower the token budget or batch size of this step, or use a larger "
+            "device; what was finished is kept, and the same command continues",
+            file=sys.stderr,
+        )
+        raise SystemExit(1) from None
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out on a device (torch's own error, not imported here) or on the host."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return bool(names & {"MemoryError", "OutOfMemoryError"}) or "can't allocate memory" in str(error)
+
+
+def path_arguments(name: str, paths: str | Sequence[str]) -> list[str]:
+    """One path as `name=path`, a list as `name=[path,path]`, a very long one in several arguments."""
+    if isinstance(paths, str):
+        return [f"{name}={paths}"]
+    starts = range(0, max(len(paths), 1), PATHS_PER_ARGUMENT)
+    return [f"{name}{'+' if start else ''}=[{','.join(paths[start : start + PATHS_PER_ARGUMENT])}]" for start in starts]
+
+
+def _appends(argument: str) -> bool:
+    return argument.partition("=")[0].endswith("+")
 
 
 def dotted_arguments(settings: dict[str, Any], prefix: str = "") -> list[str]:
@@ -74,6 +111,7 @@ def _yaml_flow(value: Any) -> str:
     return repr(value)
 
 
+@cache
 def _is_plain(text: str) -> bool:
     """Whether YAML reads the text back as the same string without quotes."""
     if not text or not all(character.isalnum() or character in "_-./+" for character in text):

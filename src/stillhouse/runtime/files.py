@@ -7,18 +7,20 @@ Readers call `verify_manifest`, so that a damaged or half-copied directory is na
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from stillhouse.runtime.errors import UserError
+from stillhouse.runtime.logs import logger
 
 MANIFEST = "manifest.json"
 
@@ -96,12 +98,11 @@ def link_or_copy(source: Path, target: Path) -> None:
 def staged_directory(final: Path) -> Iterator[Path]:
     """Yield a scratch sibling of `final` that takes its place, whole, when the block ends without an error.
 
-    Leftovers of a run that was killed are removed first; on an error the scratch folder is removed.
+    Leftovers of a run that was killed are removed first; on an error the scratch folder is removed. A second process
+    that makes the same directory waits: a job may outlive the workflow that was killed and is started again.
     """
     staging = final.parent / f".{final.name}.staging"
-    with disk_errors(final):
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
+    with disk_errors(final), _only_writer(staging):
         try:
             yield staging
             shutil.rmtree(final, ignore_errors=True)
@@ -109,6 +110,35 @@ def staged_directory(final: Path) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
             raise
+
+
+@contextmanager
+def _only_writer(staging: Path) -> Iterator[None]:
+    """Make the folder, empty, and hold a kernel lock on it: no lock file is left behind, be it by kill -9."""
+    while True:
+        staging.mkdir(parents=True, exist_ok=True)
+        folder = os.open(staging, os.O_RDONLY)
+        _wait_for_lock(folder, staging)
+        with suppress(FileNotFoundError):
+            if os.fstat(folder).st_ino == staging.stat().st_ino:
+                break
+        os.close(folder)  # The one before us moved it into place or removed it.
+    try:
+        for entry in staging.iterdir():
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+        yield
+    finally:
+        os.close(folder)
+
+
+def _wait_for_lock(folder: int, staging: Path) -> None:
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        logger.warning("%s: another process is making it: waiting until it has ended", staging)
+        fcntl.flock(folder, fcntl.LOCK_EX)
+    except OSError:
+        pass  # Some network file systems cannot lock a folder; Snakemake's own lock is what remains there.
 
 
 def sha256_file(path: Path) -> str:

@@ -21,6 +21,7 @@ from typing import Any, Self
 from pydantic import BaseModel
 
 from stillhouse.runtime.code_digests import SOURCE_ROOT, code_digests
+from stillhouse.runtime.device_usage import DeviceMonitor
 from stillhouse.runtime.digests import digest, short_digest
 from stillhouse.runtime.files import MANIFEST, sha256_file, write_json
 
@@ -60,7 +61,7 @@ def fingerprint(module: str, settings: BaseModel, inputs: Mapping[str, Path], ex
 class RunRecord:
     """Collects the facts of one run and writes them as JSON when `write` is called.
 
-    Use as a context manager around the work: it measures wall time and peak memory.
+    Use as a context manager around the work: it measures wall time and peak memory, and watches the GPUs.
     """
 
     def __init__(self, module: str, settings: BaseModel, inputs: Mapping[str, Path]) -> None:
@@ -73,12 +74,14 @@ class RunRecord:
         self.started = datetime.now(UTC)
         # A clock that only goes forward: the wall clock may be set back while a run lasts.
         self._start = time.monotonic()
+        self._monitor = DeviceMonitor()
+        self._monitor.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        return None
+        self._monitor.stop()
 
     def add(self, **facts: Any) -> None:
         """Add facts that only the run knows: tokens per second, counts, the engine that was chosen."""
@@ -87,6 +90,7 @@ class RunRecord:
     def write(self, path: Path) -> None:
         """Write the record; called once, when the outputs are complete."""
         code = code_digests(self.module)
+        self._monitor.stop()
         write_json(
             path,
             {
@@ -100,8 +104,8 @@ class RunRecord:
                 "packages": package_versions(),
                 "python": platform.python_version(),
                 "devices": devices(),
-                "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
-                "host": platform.node(),
+                "device_usage": self._monitor.summary(),
+                **placement(),
                 "started": self.started.isoformat(timespec="seconds"),
                 "seconds": round(time.monotonic() - self._start, 3),
                 "peak_memory_mib": peak_memory_mib(),
@@ -141,6 +145,25 @@ def devices() -> list[str]:
     if torch is not None and torch.cuda.is_available():
         return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return [f"{_processor_name()} ({len(os.sched_getaffinity(0))} cores)"]
+
+
+def placement() -> dict[str, Any]:
+    """Where the run is: its host, the devices that it was given, and its Slurm job (None outside Slurm)."""
+    return {
+        "host": platform.node(),
+        "visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES"),
+        "scheduler": slurm_job() if "SLURM_JOB_ID" in os.environ else None,
+    }
+
+
+def slurm_job() -> dict[str, str | None]:
+    """The Slurm job that the run is part of, its node and how often Slurm itself started it again."""
+    return {
+        "slurm_job_id": os.environ["SLURM_JOB_ID"],
+        "node": os.environ.get("SLURMD_NODENAME"),
+        "partition": os.environ.get("SLURM_JOB_PARTITION"),
+        "restarts": os.environ.get("SLURM_RESTART_COUNT", "0"),
+    }
 
 
 def peak_memory_mib() -> dict[str, float]:

@@ -205,7 +205,13 @@ class Trainer:
         self.model.train()
         with StopRequest() as stop:
             for step in range(completed + 1, settings.steps + 1):
-                row, stopped = self.update(step, stop)
+                try:
+                    row, stopped = self.update(step, stop)
+                except torch.AcceleratorError as error:
+                    raise UserError(
+                        f"step {step}: the device failed ({str(error).strip().splitlines()[0]}): see nvidia-smi and "
+                        "the kernel's log, then run the same command again: it continues from the last state"
+                    ) from error
                 validated = validate is not None and step in settings.saved_steps
                 if main and validate and validated:
                     row |= validate(self.model, step)

@@ -22,9 +22,11 @@ from accelerate.utils import ProjectConfiguration
 from tqdm import tqdm
 
 from stillhouse.config.training import TrackingSettings
+from stillhouse.runtime.device_usage import DeviceMonitor
 from stillhouse.runtime.errors import UserError
 from stillhouse.runtime.files import atomic_write_text, read_json, write_json
 from stillhouse.runtime.logs import logger
+from stillhouse.runtime.records import placement
 from stillhouse.training.processes import on_processor
 
 TRACKING_FOLDER, METRICS_FILE, RUN_IDS = "tracking", "metrics.jsonl", "tracker_runs.json"
@@ -56,7 +58,9 @@ class Tracking:
         completed_steps: int,
     ) -> None:
         self.accelerator = accelerator
+        self._devices = DeviceMonitor()
         if accelerator.is_main_process:
+            self._devices.start()
             run_ids_file = work_dir / RUN_IDS
             known: dict[str, str] = read_json(run_ids_file) if run_ids_file.exists() else {}
             run_ids: dict[str, str | None] = {name: known.get(name) or new_run_id(name) for name in settings.trackers}
@@ -64,7 +68,9 @@ class Tracking:
                 name: tracker_arguments(name, run_id, run_name, work_dir) for name, run_id in run_ids.items()
             }
             arguments["tensorboard"] = {"purge_step": completed_steps + 1}
-            accelerator.init_trackers(settings.project, config=flat(configuration), init_kwargs=arguments)
+            accelerator.init_trackers(
+                settings.project, config=flat({**configuration, **placement()}), init_kwargs=arguments
+            )
             for name in set(run_ids) & set(SERVER_CHOSEN_IDS):
                 value: Any = accelerator.get_tracker(name, unwrap=True)
                 for attribute in SERVER_CHOSEN_IDS[name].split("."):
@@ -75,11 +81,13 @@ class Tracking:
             write_json(run_ids_file, run_ids)
 
     def log(self, row: Mapping[str, float]) -> None:
-        """Send one row of metrics to every tracker."""
-        self.accelerator.log({key: value for key, value in row.items() if key != "step"}, step=int(row["step"]))
+        """Send one row of metrics, and what the GPUs do meanwhile, to every tracker."""
+        metrics = {key: value for key, value in row.items() if key != "step"}
+        self.accelerator.log(metrics | self._devices.newest(), step=int(row["step"]))
 
     def close(self) -> None:
         """Flush and end the trackers; accelerate's `end_training` would end the process group as well."""
+        self._devices.stop()
         for tracker in self.accelerator.trackers:
             tracker.finish()
 

@@ -8,16 +8,17 @@ the step programs, which receive the resolved leaves; it imports no torch.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from stillhouse.config.base import SettingError, StrictModel
+from stillhouse.config.base import SettingError, StrictModel, remembered
 from stillhouse.config.data import DataSettings, SplitSettings
 from stillhouse.config.evaluation import EngineSettings, GenerationSettings
 from stillhouse.config.layering import merge, nearest, relocated
 from stillhouse.config.references import Reference
-from stillhouse.config.sweeps import Sweep
+from stillhouse.config.sweeps import Sweep, SweepPoint
 from stillhouse.config.training import Precision, TrainingSettings
 from stillhouse.runtime.digests import short_digest
 
@@ -307,45 +308,51 @@ class ContextDistillationConfig(StrictModel):
         for dataset in self.evaluation.transfer:
             yield Reference("data set", dataset, ("evaluation", "transfer"))
 
-    @property
+    @cached_property
     def trained_conditions(self) -> tuple[str, ...]:
         """The conditions that train a student, sweep points included."""
         named = [name for name in self.conditions if name not in BASE_CONDITIONS]
-        swept = [point.name for sweep in self.sweeps.values() for point in sweep.points()]
-        return tuple(dict.fromkeys([*named, *swept]))
+        return tuple(dict.fromkeys([*named, *self._sweep_points]))
 
+    @cached_property
+    def _sweep_points(self) -> dict[str, tuple[Sweep, SweepPoint]]:
+        return {point.name: (sweep, point) for sweep in self.sweeps.values() for point in sweep.points()}
+
+    @remembered
     def model_defaults(self, model: str) -> RunSettings:
         """The run settings of a model before any condition."""
-        return RunSettings.model_validate(merge(self.defaults.model_dump(), self.model_settings.get(model, {})))
+        return self._overridden(self.defaults, "model_settings", model, self.model_settings.get(model, {}))
 
     def task_teacher_settings(self, model: str) -> RunSettings:
         """The run that trains the task's LoRA teacher: cross entropy alone, over the same sequences."""
         overrides = {"training": self.task_teacher.model_dump(), "distillation": {"loss": "none"}}
         return RunSettings.model_validate(merge(self.model_defaults(model).model_dump(), overrides))
 
+    @remembered
     def caches(self, model: str) -> dict[str, CacheSettings]:
         """The teacher caches of a model by name; conditions, sweep points and seeds share them."""
         runs = (self.run_settings(model, condition) for condition in self.trained_conditions)
-        return {run.cache.name: run.cache for run in runs if run.cache}
+        return {cache.name: cache for run in runs if (cache := run.cache)}
 
+    @remembered
     def run_settings(self, model: str, condition: str) -> RunSettings:
         """The settings of one student's run; raises ValueError that names the layer and key at fault."""
-        layers: list[tuple[str, str, Overrides]] = [("model_settings", model, self.model_settings.get(model, {}))]
-        points = {point.name: (sweep, point) for sweep in self.sweeps.values() for point in sweep.points()}
-        if condition in points:
-            sweep, point = points[condition]
-            layers.append(("condition_settings", sweep.condition, self.condition_settings[sweep.condition]))
-            layers.append(("sweeps", condition, point.overrides))
-        else:
-            layers.append(("condition_settings", condition, self.condition_settings[condition]))
-        values = self.defaults.model_dump()
-        for kind, name, overrides in layers:
-            values = merge(values, overrides)
-            try:
-                settings = RunSettings.model_validate(values)
-            except ValidationError as error:
-                raise relocated(error, RunSettings, (kind, name)) from None
-        return settings
+        if condition in self._sweep_points:
+            sweep, point = self._sweep_points[condition]
+            return self._overridden(self._condition(model, sweep.condition), "sweeps", condition, point.overrides)
+        return self._condition(model, condition)
+
+    @remembered
+    def _condition(self, model: str, condition: str) -> RunSettings:
+        overrides = self.condition_settings[condition]
+        return self._overridden(self.model_defaults(model), "condition_settings", condition, overrides)
+
+    @staticmethod
+    def _overridden(settings: RunSettings, kind: str, name: str, overrides: Overrides) -> RunSettings:
+        try:
+            return RunSettings.model_validate(merge(settings.model_dump(), overrides))
+        except ValidationError as error:
+            raise relocated(error, RunSettings, (kind, name)) from None
 
 
 # The study at a size for two cores: a real model and real data, too few of both for a claim about the method.

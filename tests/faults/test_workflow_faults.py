@@ -1,0 +1,86 @@
+"""A workflow killed at random moments: what was finished stays, and the results are those of an undisturbed one."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.workflow import Workflow, make_workflow
+
+from stillhouse.runtime.files import MANIFEST, read_json, sha256_file
+
+STUDY: dict[str, Any] = {"conditions": ["base_zero_shot", "baseline", "online_v1"]}
+TARGET = "results/figures/context_distillation/summary.png"
+KILLS, SEED = 20, 11
+
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(3600), pytest.mark.xdist_group("workflow")]
+
+
+def contents(workflow: Workflow) -> dict[str, Any]:
+    """The digest of each file of the results and fetched inputs, but for records, which hold times."""
+    digests: dict[str, Any] = {}
+    for part in ("results", "resources"):
+        for manifest in (workflow.directory / part).rglob(MANIFEST):
+            digests[str(manifest.parent.relative_to(workflow.directory))] = read_json(manifest)["files"]
+    for pattern in ("results/figures/**/*.png", "results/**/items.parquet"):
+        for path in workflow.directory.glob(pattern):
+            digests[str(path.relative_to(workflow.directory))] = sha256_file(path)
+    return digests
+
+
+def finished(workflow: Workflow) -> dict[Path, int]:
+    """The output folders that are in place, each with its inode: one that is made again gets another."""
+    manifests = [*workflow.directory.glob("re*/**/manifest.json")]
+    return {path.parent: path.parent.stat().st_ino for path in manifests if ".staging" not in str(path)}
+
+
+def end(process: subprocess.Popen[bytes], whole_group: bool) -> None:
+    """Kill the workflow alone, or with its jobs."""
+    if whole_group:
+        os.killpg(process.pid, signal.SIGKILL)
+    else:
+        process.kill()
+    process.wait()
+
+
+@pytest.mark.fault(
+    f"kill -9 of the workflow, with or without its jobs, at {KILLS} random moments of one run",
+    "finished folders untouched; results equal to an undisturbed run's, byte for byte",
+)
+def test_a_workflow_killed_again_and_again_ends_with_equal_results(
+    tiny_model: Path, tmp_path: Path, record_property: Any
+) -> None:
+    undisturbed = make_workflow(tmp_path / "undisturbed", tiny_model, STUDY)
+    started = time.monotonic()
+    undisturbed.run(TARGET)
+    seconds = time.monotonic() - started
+
+    killed = make_workflow(tmp_path / "killed", tiny_model, STUDY)
+    draw = random.Random(SEED)
+    kills, refused = 0, 0
+    for number in range(KILLS):
+        before = finished(killed)
+        process = killed.start(TARGET)
+        try:
+            process.wait(draw.uniform(0, seconds / 3))
+            break  # It got to its end between two kills.
+        except subprocess.TimeoutExpired:
+            end(process, whole_group=number % 2 == 0)
+        kills += 1
+        after = finished(killed)
+        assert before.items() <= after.items(), "a finished folder was made again or lost"
+        if list((killed.directory / ".snakemake" / "locks").glob("*")):
+            again = killed.run(TARGET, check=False)
+            refused += 1
+            assert again.returncode != 0 and "--unlock" in again.stdout + again.stderr
+            killed.run("--unlock")
+    killed.run(TARGET)
+    record_property("fault_cases", kills)
+    assert kills >= KILLS / 4 and refused >= 1
+    assert contents(killed) == contents(undisturbed)
