@@ -109,7 +109,7 @@ def context_evaluate_settings(wildcards):
             for name in CONTEXT.evaluation.transfer
         },
         conditions=CONTEXT.conditions,
-        prompt_format=CONTEXT.model_defaults(wildcards.model).prompt_format,
+        prompt_format=CONTEXT.subject_defaults(wildcards.model).prompt_format,
         evaluation=CONTEXT.evaluation,
         served_by_vllm=entry.vllm,
         trust_remote_code=entry.trust_remote_code,

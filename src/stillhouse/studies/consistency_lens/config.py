@@ -12,11 +12,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from stillhouse.config.base import SettingError, StrictModel
+from stillhouse.config.base import SettingError, StrictModel, remembered
 from stillhouse.config.data import DataSettings, SplitSettings
-from stillhouse.config.layering import nearest
 from stillhouse.config.references import Reference
-from stillhouse.config.runs import OverrideLayer, resolve_run
+from stillhouse.config.runs import ConditionRuns, Overrides, laid_over
 from stillhouse.config.sweeps import Sweep
 from stillhouse.config.training import Precision, ScheduleSettings, TrainingSettings
 from stillhouse.runtime.digests import short_digest
@@ -331,8 +330,6 @@ class EvaluationSettings(StrictModel):
     ] = None
 
 
-Overrides = dict[str, Any]
-
 _UNFROZEN: Overrides = {
     "trained": True,
     "learning_rate_multiplier": 0.1,
@@ -347,7 +344,7 @@ CONDITIONS: dict[str, Overrides] = {
 }
 
 
-class ConsistencyLensConfig(StrictModel):
+class ConsistencyLensConfig(StrictModel, ConditionRuns[RunSettings]):
     """The whole study: which models, conditions and seeds run, and what each of them overrides."""
 
     models: Annotated[tuple[str, ...], Field(description="Catalogue names of the models that are explained.")] = (
@@ -369,12 +366,9 @@ class ConsistencyLensConfig(StrictModel):
     @model_validator(mode="after")
     def names_are_known_and_runs_resolve(self) -> ConsistencyLensConfig:
         """Refuse unknown conditions and overrides that do not make valid run settings."""
-        valid = list(self.condition_settings)
-        for name in (*self.conditions, *(sweep.condition for sweep in self.sweeps.values())):
-            if name not in valid:
-                raise SettingError(("conditions",), f"unknown condition '{name}': {nearest(name, valid, 'conditions')}")
+        self.check_condition_names()
         for model in self.models:
-            for condition in dict.fromkeys([*valid, *self.trained_conditions]):
+            for condition in dict.fromkeys([*self.condition_settings, *self.trained_conditions]):
                 run = self.run_settings(model, condition)
                 if condition in self.trained_conditions and run.max_length > self.tokens.max_length:
                     raise SettingError(
@@ -390,24 +384,12 @@ class ConsistencyLensConfig(StrictModel):
             yield Reference("model", model, ("models",))
         yield Reference("data set", self.task.dataset, ("task", "dataset"))
 
-    @property
-    def trained_conditions(self) -> tuple[str, ...]:
-        """The conditions that train a lens, sweep points included."""
-        swept = [point.name for sweep in self.sweeps.values() for point in sweep.points()]
-        return tuple(dict.fromkeys([*self.conditions, *swept]))
+    @remembered
+    def subject_defaults(self, subject: str) -> RunSettings:
+        """The run settings of a model before any condition."""
+        return laid_over(self.defaults, ("model_settings", subject), self.model_settings.get(subject, {}))
 
-    def run_settings(self, model: str, condition: str) -> RunSettings:
-        """The settings of one lens's run; raises ValueError that names the layer and key at fault."""
-        layers: list[OverrideLayer] = [("model_settings", model, self.model_settings.get(model, {}))]
-        points = {point.name: (sweep, point) for sweep in self.sweeps.values() for point in sweep.points()}
-        if condition in points:
-            sweep, point = points[condition]
-            layers.append(("condition_settings", sweep.condition, self.condition_settings[sweep.condition]))
-            layers.append(("sweeps", condition, point.overrides))
-        else:
-            layers.append(("condition_settings", condition, self.condition_settings[condition]))
-        return resolve_run(self.defaults, layers)
-
+    @remembered
     def activations(self, model: str) -> dict[str, ActivationSettings]:
         """The extractions that a model's runs need, by name; evaluation reads them whatever training reads."""
         runs = (self.run_settings(model, condition) for condition in self.trained_conditions)

@@ -8,17 +8,17 @@ the step programs, which receive the resolved leaves; it imports no torch.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cached_property
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from stillhouse.config.base import SettingError, StrictModel, remembered
 from stillhouse.config.data import DataSettings, SplitSettings
 from stillhouse.config.evaluation import EngineSettings, GenerationSettings
-from stillhouse.config.layering import merge, nearest, relocated
+from stillhouse.config.layering import merge
 from stillhouse.config.references import Reference
-from stillhouse.config.sweeps import Sweep, SweepPoint
+from stillhouse.config.runs import ConditionRuns, Overrides, laid_over
+from stillhouse.config.sweeps import Sweep
 from stillhouse.config.training import Precision, TrainingSettings
 from stillhouse.runtime.digests import short_digest
 
@@ -175,9 +175,6 @@ class RunSettings(StrictModel):
         return self
 
 
-Overrides = dict[str, Any]
-
-
 class TaskSettings(DataSettings):
     """The data set and its division into train, validation and test by seed."""
 
@@ -242,8 +239,10 @@ CONDITIONS: dict[str, Overrides] = {
 }
 
 
-class ContextDistillationConfig(StrictModel):
+class ContextDistillationConfig(StrictModel, ConditionRuns[RunSettings]):
     """The whole study: which models, conditions and seeds run, and what each of them overrides."""
+
+    untrained: ClassVar[tuple[str, ...]] = BASE_CONDITIONS
 
     models: Annotated[tuple[str, ...], Field(description="Catalogue names of the students.")] = ("smollm2_135m",)
     conditions: Annotated[tuple[str, ...], Field(description="Conditions to run and report.")] = (
@@ -269,10 +268,7 @@ class ContextDistillationConfig(StrictModel):
     @model_validator(mode="after")
     def names_are_known_and_runs_resolve(self) -> ContextDistillationConfig:
         """Refuse unknown conditions and overrides that do not make valid run settings."""
-        valid = [*BASE_CONDITIONS, *self.condition_settings]
-        for name in (*self.conditions, *(sweep.condition for sweep in self.sweeps.values())):
-            if name not in valid:
-                raise SettingError(("conditions",), f"unknown condition '{name}': {nearest(name, valid, 'conditions')}")
+        self.check_condition_names()
         for model in self.models:
             for condition in self.condition_settings:
                 self.run_settings(model, condition)
@@ -308,51 +304,21 @@ class ContextDistillationConfig(StrictModel):
         for dataset in self.evaluation.transfer:
             yield Reference("data set", dataset, ("evaluation", "transfer"))
 
-    @cached_property
-    def trained_conditions(self) -> tuple[str, ...]:
-        """The conditions that train a student, sweep points included."""
-        named = [name for name in self.conditions if name not in BASE_CONDITIONS]
-        return tuple(dict.fromkeys([*named, *self._sweep_points]))
-
-    @cached_property
-    def _sweep_points(self) -> dict[str, tuple[Sweep, SweepPoint]]:
-        return {point.name: (sweep, point) for sweep in self.sweeps.values() for point in sweep.points()}
-
     @remembered
-    def model_defaults(self, model: str) -> RunSettings:
+    def subject_defaults(self, subject: str) -> RunSettings:
         """The run settings of a model before any condition."""
-        return self._overridden(self.defaults, "model_settings", model, self.model_settings.get(model, {}))
+        return laid_over(self.defaults, ("model_settings", subject), self.model_settings.get(subject, {}))
 
     def task_teacher_settings(self, model: str) -> RunSettings:
         """The run that trains the task's LoRA teacher: cross entropy alone, over the same sequences."""
         overrides = {"training": self.task_teacher.model_dump(), "distillation": {"loss": "none"}}
-        return RunSettings.model_validate(merge(self.model_defaults(model).model_dump(), overrides))
+        return RunSettings.model_validate(merge(self.subject_defaults(model).model_dump(), overrides))
 
     @remembered
     def caches(self, model: str) -> dict[str, CacheSettings]:
         """The teacher caches of a model by name; conditions, sweep points and seeds share them."""
         runs = (self.run_settings(model, condition) for condition in self.trained_conditions)
         return {cache.name: cache for run in runs if (cache := run.cache)}
-
-    @remembered
-    def run_settings(self, model: str, condition: str) -> RunSettings:
-        """The settings of one student's run; raises ValueError that names the layer and key at fault."""
-        if condition in self._sweep_points:
-            sweep, point = self._sweep_points[condition]
-            return self._overridden(self._condition(model, sweep.condition), "sweeps", condition, point.overrides)
-        return self._condition(model, condition)
-
-    @remembered
-    def _condition(self, model: str, condition: str) -> RunSettings:
-        overrides = self.condition_settings[condition]
-        return self._overridden(self.model_defaults(model), "condition_settings", condition, overrides)
-
-    @staticmethod
-    def _overridden(settings: RunSettings, kind: str, name: str, overrides: Overrides) -> RunSettings:
-        try:
-            return RunSettings.model_validate(merge(settings.model_dump(), overrides))
-        except ValidationError as error:
-            raise relocated(error, RunSettings, (kind, name)) from None
 
 
 # The study at a size for two cores: a real model and real data, too few of both for a claim about the method.

@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from stillhouse.config.base import SettingError, StrictModel
+from stillhouse.config.base import SettingError, StrictModel, remembered
 from stillhouse.config.data import DataSettings, SplitSettings
-from stillhouse.config.layering import merge, nearest, relocated
+from stillhouse.config.layering import nearest
 from stillhouse.config.references import Reference
+from stillhouse.config.runs import ConditionRuns, Overrides, laid_over
 from stillhouse.config.sweeps import Sweep
 from stillhouse.config.training import LoraSettings, Precision, ScheduleSettings, TrainingSettings
 from stillhouse.runtime.digests import short_digest
@@ -280,9 +281,6 @@ class RunSettings(StrictModel):
         return self
 
 
-Overrides = dict[str, Any]
-
-
 class PairSettings(StrictModel):
     """The frozen models that read the same Z, and what their pair overrides."""
 
@@ -421,7 +419,7 @@ CONDITIONS: dict[str, Overrides] = {
 }
 
 
-class LatentWireConfig(StrictModel):
+class LatentWireConfig(StrictModel, ConditionRuns[RunSettings]):
     """The whole study: which pairs, conditions and seeds run, and what each of them overrides."""
 
     pairs: Annotated[tuple[str, ...], Field(min_length=1, description="Pairs to train channels for and report.")] = (
@@ -450,10 +448,7 @@ class LatentWireConfig(StrictModel):
             if pair not in self.pair_settings:
                 remedy = nearest(pair, list(self.pair_settings), "pairs")
                 raise SettingError(("pairs",), f"unknown pair '{pair}': {remedy}")
-        valid = list(self.condition_settings)
-        for name in (*self.conditions, *(sweep.condition for sweep in self.sweeps.values())):
-            if name not in valid:
-                raise SettingError(("conditions",), f"unknown condition '{name}': {nearest(name, valid, 'conditions')}")
+        self.check_condition_names()
         if self.evaluation.condition not in self.trained_conditions:
             remedy = nearest(self.evaluation.condition, self.trained_conditions, "trained conditions")
             raise SettingError(
@@ -499,36 +494,16 @@ class LatentWireConfig(StrictModel):
                     yield Reference("model", encoder.model, ("condition_settings", condition, "encoder", "model"))
         yield Reference("data set", self.task.dataset, ("task", "dataset"))
 
-    @property
-    def trained_conditions(self) -> tuple[str, ...]:
-        """The channels that are trained, sweep points included, each once."""
-        swept = [point.name for sweep in self.sweeps.values() for point in sweep.points()]
-        return tuple(dict.fromkeys((*self.conditions, *swept)))
+    @remembered
+    def subject_defaults(self, subject: str) -> RunSettings:
+        """The run settings of a pair before any condition."""
+        return laid_over(self.defaults, ("pair_settings", subject, "settings"), self.pair_settings[subject].settings)
 
+    @remembered
     def caches(self, pair: str) -> dict[str, CacheSettings]:
         """The text-teacher caches of a pair by name; each is built once for each of its models."""
         runs = (self.run_settings(pair, condition) for condition in self.trained_conditions)
         return {run.cache.name: run.cache for run in runs if run.cache}
-
-    def run_settings(self, pair: str, condition: str) -> RunSettings:
-        """The settings of one channel; raises ValueError that names the layer and key at fault."""
-        own = self.pair_settings[pair].settings
-        layers: list[tuple[tuple[str, ...], Overrides]] = [(("pair_settings", pair, "settings"), own)]
-        points = {point.name: (sweep, point) for sweep in self.sweeps.values() for point in sweep.points()}
-        if condition in points:
-            sweep, point = points[condition]
-            layers.append((("condition_settings", sweep.condition), self.condition_settings[sweep.condition]))
-            layers.append((("sweeps", condition), point.overrides))
-        else:
-            layers.append((("condition_settings", condition), self.condition_settings[condition]))
-        values = self.defaults.model_dump()
-        for location, overrides in layers:
-            values = merge(values, overrides)
-            try:
-                settings = RunSettings.model_validate(values)
-            except ValidationError as error:
-                raise relocated(error, RunSettings, location) from None
-        return settings
 
 
 # The study at a size for two cores: real models and real questions, too few of both for a claim about the method.
