@@ -204,6 +204,12 @@ class LensSchedules(StrictModel):
     temperature: Annotated[ScheduleText, Field(description="Gumbel-softmax temperature.")] = (
         "1.0, cosine to 0.1 over 1e"
     )
+    noise: Annotated[
+        ScheduleText,
+        Field(
+            description="Factor of the Gumbel noise: 1 samples the decoder's distributions (as published), 0 nothing."
+        ),
+    ] = "1"
     alpha: Annotated[ScheduleText, Field(description="Factor of the language-model term.")] = (
         "0, linear to 0.1 over 0.5e"
     )
@@ -216,7 +222,7 @@ class LensSchedules(StrictModel):
         """Refuse a temperature that reaches 0, and negative factors."""
         if min(parse_schedule(self.temperature).values) <= 0:
             raise SettingError(("temperature",), f"'{self.temperature}' must stay above 0")
-        for name in ("alpha", "learning_rate"):
+        for name in ("noise", "alpha", "learning_rate"):
             if min(parse_schedule(getattr(self, name)).values) < 0:
                 raise SettingError((name,), f"'{getattr(self, name)}' must not go below 0")
         return self
