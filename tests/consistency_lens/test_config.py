@@ -43,8 +43,7 @@ def load(study: dict[str, Any], *files: Path) -> Configuration:
         ({"defaults": {"lens": {"layer": -1}}}, "defaults.lens.layer': input should be greater than or equal to 0"),
         (
             {"defaults": {"schedules": {"alpha": "0, linear to 1 over 5m"}}},
-            "defaults.schedules.alpha': schedule '0, linear to 1 over 5m': position 22: expected the unit s (updates) "
-            "or e",
+            "schedules.alpha': schedule '0, linear to 1 over 5m': position 22: expected the unit s (updates) or e",
         ),
         (
             {"defaults": {"schedules": {"temperature": "1, linear to 0 over 1e"}}},

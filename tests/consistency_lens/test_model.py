@@ -228,6 +228,19 @@ def test_what_cannot_be_built_is_refused_in_one_line(
         tiny_lens(tiny_model, **changes)
 
 
+def test_frozen_weights_in_8_bit_are_shared_and_gradients_pass_through_them(tiny_model: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    trained = {"prompt_text": "The word <embed> means:", "base": {"trained": True}}
+    lens = tiny_lens(tiny_model, frozen_8bit=True, decoder=trained)
+    [original, decoder, encoder] = (
+        base.model.layers[0].mlp.up_proj.weight for base in (lens.original, lens.decoder.base, lens.encoder.base)
+    )
+    assert original.dtype == torch.int8 and encoder is original
+    assert decoder.dtype == torch.float32 and decoder.requires_grad
+    lens.reconstruct(lens.explain(torch.randn(2, 32)).embeddings).square().sum().backward()
+    assert decoder.grad is not None and lens.decoder.projection.weight.grad is not None
+
+
 @pytest.mark.slow
 def test_compiled_blocks_compute_the_same(tiny_model: Path, activations: Tensor) -> None:
     plain, compiled = tiny_lens(tiny_model), tiny_lens(tiny_model, compile=True)

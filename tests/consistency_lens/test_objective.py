@@ -99,11 +99,21 @@ def test_every_term_is_logged_whatever_its_weight(lens: Lens) -> None:
     only_mse = dict.fromkeys(EVERY_TERM, 0.0) | {"mse": 1.0}
     torch.manual_seed(2)
     found = objective(**only_mse)(lens, lens_batch(lens), step=1)
-    assert set(found.terms) == {*EVERY_TERM, "temperature", "alpha"}
+    assert set(found.terms) == {*EVERY_TERM, "temperature", "alpha", "noise"}
     assert all(float(found.terms[name]) > 0 for name in EVERY_TERM)
     assert found.total.item() == pytest.approx(found.terms["mse"].item())
     assert float(found.terms["alpha"]) == pytest.approx(3 * ALPHA / 2)
     assert float(found.terms["temperature"]) == pytest.approx(3 * TEMPERATURE)
+
+
+def test_without_noise_training_explains_greedily(lens: Lens) -> None:
+    batch = lens_batch(lens)
+    silent = LensObjective(LossSettings(), LensSchedules(noise="1, linear to 0 over 4s"), steps_per_epoch=4)
+    (half, sampled), (first, second) = (
+        [float(silent(lens, batch, step).terms["mse"]) for _ in "ab"] for step in (2, 4)
+    )
+    assert half != sampled
+    assert first == second == pytest.approx(float(silent.validation(lens, batch).terms["mse"]))
 
 
 def test_identity_projections_start_where_the_model_alone_puts_the_loss(tiny_model: Path) -> None:

@@ -203,6 +203,12 @@ class LensSchedules(StrictModel):
     temperature: Annotated[ScheduleText, Field(description="Gumbel-softmax temperature.")] = (
         "1.0, cosine to 0.1 over 1e"
     )
+    noise: Annotated[
+        ScheduleText,
+        Field(
+            description="Factor of the Gumbel noise: 1 samples the decoder's distributions (as published), 0 nothing."
+        ),
+    ] = "1"
     alpha: Annotated[ScheduleText, Field(description="Factor of the language-model term.")] = (
         "0, linear to 0.1 over 0.5e"
     )
@@ -215,7 +221,7 @@ class LensSchedules(StrictModel):
         """Refuse a temperature that reaches 0, and negative factors."""
         if min(parse_schedule(self.temperature).values) <= 0:
             raise SettingError(("temperature",), f"'{self.temperature}' must stay above 0")
-        for name in ("alpha", "learning_rate"):
+        for name in ("noise", "alpha", "learning_rate"):
             if min(parse_schedule(getattr(self, name)).values) < 0:
                 raise SettingError((name,), f"'{getattr(self, name)}' must not go below 0")
         return self
@@ -396,27 +402,48 @@ class ConsistencyLensConfig(StrictModel, ConditionRuns[RunSettings]):
         return {run.extraction.name: run.extraction for run in runs}
 
 
-# The study at a size for two cores: a real model and real text, too little of both for a claim about the method.
+# The study at a size for two cores: a real model and real text, too little of both for a claim about the method. The
+# prompts ask for a word that means the same, after examples, so that a lens begins near words instead of far from them.
 EMBEDDED: Overrides = {
     "task": {
-        "train": {"source": "test", "size": 256},
+        "train": {"source": "test", "size": 576},
         "validation": {"source": "test", "size": 32},
         "test": {"source": "test", "size": 64},
     },
     "tokens": {"max_length": 24},
-    "extraction": {"batch_tokens": 1024},
+    "extraction": {"batch_tokens": 2048},
     "defaults": {
         "max_length": 24,
-        "lens": {"layer": 6, "text_length": 4, "encoder": {"output_layer": 6}},
+        "lens": {
+            "layer": 10,
+            "text_length": 3,
+            "decoder": {
+                "prompt_text": "The word cat means the same as the word cat. The word he means the same as the word "
+                "he. The word<embed> means the same as",
+                "projection": {"learning_rate_multiplier": 0.2},
+                "prompt": {"learning_rate_multiplier": 3.0},
+            },
+            "encoder": {
+                "prompt_text": "The word he means the same as<text>",
+                "output_layer": 10,
+                "projection": {"learning_rate_multiplier": 0.2},
+                "prompt": {"learning_rate_multiplier": 3.0},
+            },
+        },
+        "loss": {"resample_kl": 0.25, "mse": 0.05},
+        "schedules": {
+            "temperature": "1.0, cosine to 0.5 over 1e",
+            "alpha": "0, linear to 0.02 over 0.5e",
+            "learning_rate": "0, linear to 1 over 3s, cosine to 0.1 over 0.9e",
+        },
         "checkpoints": {"validation_items": 32},
         "training": {
-            "steps": 40,
+            "steps": 36,
             "batch_size": 16,
-            "micro_batch_tokens": 1024,
-            "learning_rate": 1e-2,
-            "save_every": 20,
-            "resume_every": 10,
+            "micro_batch_tokens": 4096,
+            "save_every": 18,
+            "resume_every": 9,
         },
     },
-    "evaluation": {"batch_size": 16, "best_of": [1, 2, 4], "verbose_samples": 8},
+    "evaluation": {"batch_size": 32, "best_of": [1, 2, 4], "verbose_samples": 8, "continuation_tokens": 8},
 }

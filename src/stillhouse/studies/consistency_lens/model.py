@@ -108,7 +108,7 @@ class Decoder(Prompted):
     """Activation to text."""
 
     def forward(
-        self, activations: Tensor, length: int, temperature: float, noisy: bool, encoder_matrix: Tensor
+        self, activations: Tensor, length: int, temperature: float, noise_factor: float, encoder_matrix: Tensor
     ) -> Explanation:
         """Explain [batch, hidden] in `length` tokens, each fed back on the keys and values of those before.
 
@@ -125,7 +125,7 @@ class Decoder(Prompted):
         for _ in range(length):
             step_logits, *grown = self.recomputed(self._extend, read_next, *past)
             past = tuple(grown)
-            noise = gumbel_noise(step_logits) if noisy else None
+            noise = noise_factor * gumbel_noise(step_logits) if noise_factor else None
             token, fed = straight_through(step_logits, temperature, matrix, noise)
             read = fed
             if encoder_matrix is not matrix:
@@ -259,11 +259,12 @@ class Lens(nn.Module):
             yield from parameters.items()
 
     def explain(
-        self, activations: Tensor, *, temperature: float = 1.0, gumbel_noise: bool = True, length: int | None = None
+        self, activations: Tensor, *, temperature: float = 1.0, gumbel_noise: float = 1.0, length: int | None = None
     ) -> Explanation:
         """Put activations [batch, hidden] into words.
 
-        Noise comes from torch's global generator; without it every token is the most probable one.
+        gumbel_noise: factor of the noise, which comes from torch's global generator. With 1 tokens are samples of the
+        decoder's distributions, below 1 of sharper ones; with 0 every token is the most probable one.
         """
         matrix = embedding_matrix(self.encoder.base)
         explanation: Explanation = self.decoder(

@@ -45,24 +45,28 @@ class LensObjective:
     def __init__(self, settings: LossSettings, schedules: LensSchedules, steps_per_epoch: float) -> None:
         self.settings, self.steps_per_epoch = settings, steps_per_epoch
         self.temperature, self.alpha = parse_schedule(schedules.temperature), parse_schedule(schedules.alpha)
+        self.noise = parse_schedule(schedules.noise)
 
     def __call__(self, model: nn.Module, micro_batch: ActivationBatch, step: int) -> LossTerms:
-        """The sums of loss and terms over the examples; temperature and alpha are logged with them."""
+        """The sums of loss and terms over the examples; what follows a schedule is logged with them."""
         assert isinstance(model, Lens)
         temperature = self.temperature.value(step, self.steps_per_epoch)
         alpha = self.alpha.value(step, self.steps_per_epoch)
-        sums = self._sums(model, micro_batch, temperature, alpha, noisy=True)
+        noise = self.noise.value(step, self.steps_per_epoch)
+        sums = self._sums(model, micro_batch, temperature, alpha, noise)
         count = sums.count
-        logged = {"temperature": torch.tensor(temperature * count), "alpha": torch.tensor(alpha * count)}
-        return LossTerms(sums.total, count, {**sums.terms, **logged})
+        logged = {"temperature": temperature, "alpha": alpha, "noise": noise}
+        return LossTerms(
+            sums.total, count, {**sums.terms, **{name: torch.tensor(value * count) for name, value in logged.items()}}
+        )
 
     @torch.no_grad()
     def validation(self, model: Lens, micro_batch: ActivationBatch) -> LossTerms:
         """The same without noise, alpha at its last value: comparable over a run's checkpoints."""
-        return self._sums(model, micro_batch, 1.0, self.alpha.values[-1], noisy=False)
+        return self._sums(model, micro_batch, 1.0, self.alpha.values[-1], noise=0.0)
 
-    def _sums(self, lens: Lens, batch: ActivationBatch, temperature: float, alpha: float, *, noisy: bool) -> LossTerms:
-        terms = lens_terms(lens, batch, self.settings, temperature, noisy=noisy)
+    def _sums(self, lens: Lens, batch: ActivationBatch, temperature: float, alpha: float, noise: float) -> LossTerms:
+        terms = lens_terms(lens, batch, self.settings, temperature, noise)
         settings = self.settings
         weights = {
             "reconstruction_kl": settings.reconstruction_kl,
@@ -78,12 +82,12 @@ class LensObjective:
 
 
 def lens_terms(
-    lens: Lens, batch: ActivationBatch, settings: LossSettings, temperature: float, *, noisy: bool
+    lens: Lens, batch: ActivationBatch, settings: LossSettings, temperature: float, noise: float
 ) -> LensTerms:
-    """All terms of the loss for a batch. Noise comes from torch's global generator, first the examples' own."""
+    """All terms of the loss for a batch. Gumbel noise, times `noise`, is drawn for examples first, then partners."""
     reading = lens.read(batch.input_ids, batch.attention_mask, batch.positions)
     activations = batch.activations if batch.activations is not None else lens.chosen_activations(reading)
-    explanation = lens.explain(activations, temperature=temperature, gumbel_noise=noisy)
+    explanation = lens.explain(activations, temperature=temperature, gumbel_noise=noise)
     reconstruction = lens.reconstruct(explanation.embeddings)
     expected = lens.next_token_logits(reading, activations)
 
@@ -93,7 +97,7 @@ def lens_terms(
 
     through_partner = settings.resample_kl > 0 and not settings.resample_stop_gradient
     with torch.set_grad_enabled(through_partner and torch.is_grad_enabled()):
-        error = partner_error(lens, batch, temperature, noisy=noisy)
+        error = partner_error(lens, batch, temperature, noise)
     logits = explanation.logits.float()
     return LensTerms(
         reconstruction_kl=behaviour_kl(settings.reconstruction_kl, reconstruction),
@@ -106,12 +110,12 @@ def lens_terms(
     )
 
 
-def partner_error(lens: Lens, batch: ActivationBatch, temperature: float, *, noisy: bool) -> Tensor:
+def partner_error(lens: Lens, batch: ActivationBatch, temperature: float, noise: float) -> Tensor:
     """A' - A'^ of the partners, [batch, hidden]."""
     others = batch.other_activations
     if others is None:
         others = lens.activations_of(batch.other_input_ids, batch.other_attention_mask, batch.other_positions)
-    explanation = lens.explain(others, temperature=temperature, gumbel_noise=noisy)
+    explanation = lens.explain(others, temperature=temperature, gumbel_noise=noise)
     return others - lens.reconstruct(explanation.embeddings)
 
 
