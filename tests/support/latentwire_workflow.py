@@ -12,7 +12,8 @@ from support.workflow import Workflow, merged
 
 CONFIG = "wire.yaml"
 # What `all` would make of this study; results.md belongs to whoever runs all studies.
-TARGETS = ("results/latentwire/section.md", "figures")
+FIGURES = ("f1_vs_bytes", "arms", "first_token", "diagnostics", "training")
+TARGETS = ("results/latentwire/section.md", *(f"results/figures/latentwire/{figure}.png" for figure in FIGURES))
 TINY_WIRE: dict[str, Any] = {
     "pairs": ["tiny_pair"],
     "pair_settings": {"tiny_pair": {"models": ["tiny", "tiny_other"]}},

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from support.latentwire_workflow import CONFIG, TARGETS, add_latentwire, write_wire_config
+from support.latentwire_workflow import CONFIG, FIGURES, TARGETS, add_latentwire, write_wire_config
 from support.workflow import Workflow
 
 STUDY = "src/stillhouse/studies/latentwire"
@@ -45,7 +45,7 @@ def test_every_figure_table_and_wire_file_is_made(run_once: Workflow) -> None:
     results = run_once.directory / "results"
     section = (results / "latentwire/section.md").read_text()
     assert "the text of the same bytes" in section and "tiny_reading" in section
-    for figure in ("f1_vs_bytes", "arms", "first_token", "diagnostics", "training"):
+    for figure in FIGURES:
         for suffix in ("png", "svg"):
             assert (results / f"figures/latentwire/{figure}.{suffix}").stat().st_size > 1000
     assert {path.suffix for path in (results / "tables/latentwire").glob("curve.*")} == {".csv", ".tex", ".md"}

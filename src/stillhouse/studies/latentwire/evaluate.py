@@ -250,24 +250,26 @@ class EvaluationJob:
         assert subject.wire
         part = self._part(subject, split, None, kind="messages")
         if not part.is_file():
-            run, wire = (
-                self.runs[subject.condition, subject.seed],
-                WireFormat(subject.wire, self.settings.wire.group_size),
-            )
+            run = self.runs[subject.condition, subject.seed]
+            wire = WireFormat(subject.wire, self.settings.wire.group_size)
             sent, cut = self.lab.messages(run, subject.step, wire, self.questions[split].examples)
             write_part(pd.DataFrame({"message": sent, "cut": cut}), part)
         return pd.read_parquet(part)
 
     def write_messages(self, directory: Path, subjects: Iterable[Subject]) -> None:
-        """One file a prompt of the test split: `<condition>/seed_<seed>/<format>/<item>.lwir`."""
+        """One file a prompt of the test split: `<condition>/seed_<seed>/<format>/<number>-<id>.lwir`."""
         sent = {replace(one, reader="") for one in subjects if one.wire}
         with staged_directory(directory) as staging:
             for subject in sorted(sent, key=lambda one: one.key):
                 folder = staging / subject.condition / f"seed_{subject.seed}" / subject.wire
                 folder.mkdir(parents=True)
-                examples = self.questions["test"].examples
-                for example, message in zip(examples, self.messages(subject, "test")["message"], strict=True):
-                    (folder / f"{re.sub(r'[^A-Za-z0-9._-]', '_', example.id)}.lwir").write_bytes(message)
+                messages = self.messages(subject, "test")["message"]
+                for number, (example, message) in enumerate(
+                    zip(self.questions["test"].examples, messages, strict=True)
+                ):
+                    # The number keeps two ids apart that differ in what a file name cannot hold.
+                    name = f"{number:05d}-{re.sub(r'[^A-Za-z0-9._-]', '_', example.id)}.lwir"
+                    (folder / name).write_bytes(message)
             write_manifest(staging)
 
     def channel_facts(self, selections: Sequence[Selection]) -> tuple[ChannelFacts, ...]:
