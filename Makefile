@@ -30,6 +30,13 @@ check: $(VENV)/installed-test
 	lint-imports
 	snakemake --lint
 
+# Known vulnerabilities of what envs/*.txt pin; says so, and passes, where no advisory database can be reached.
+audit:
+	@test -x $(VENV)-audit/bin/pip-audit || { $(PYTHON) -m venv $(VENV)-audit && \
+	  $(VENV)-audit/bin/python -m pip install --disable-pip-version-check --quiet pip-audit==2.10.1; } || \
+	  { echo "audit: NOT AUDITED: pip-audit cannot be installed"; rm -rf $(VENV)-audit; }
+	@test ! -x $(VENV)-audit/bin/pip-audit || $(VENV)-audit/bin/python .ci/audit envs/*.txt
+
 format: $(VENV)/installed-test
 	ruff check --fix .
 	ruff format .
