@@ -86,9 +86,11 @@ def job_log(output: str) -> Path | None:
     return next((log for log in logs if log.is_file()), None)
 
 
-def last_line(path: Path) -> str:
-    """What a log says last; a progress bar counts by its last state."""
-    return re.split(r"[\r\n]+", path.read_text(errors="replace").strip())[-1][:160]
+def read_log(path: Path) -> tuple[str, str]:
+    """The GPUs that a job leased, and what its log says last; a progress bar counts by its last state."""
+    text = path.read_text(errors="replace").strip()
+    leased = re.findall(r"^gpu_lease: leased (.+)$", text, re.MULTILINE)
+    return (f" on {leased[-1]}" if leased else ""), text.rpartition("\n")[2][:160]
 
 
 def pace(running: bool, state: Path = STATE) -> str | None:
@@ -128,9 +130,10 @@ def report(files: Sequence[File], started: set[str], running: bool, locked: bool
             stopped = "locked, but not by this machine: it runs on another, or was killed (then: snakemake --unlock):"
         lines.append("running:" if running else stopped)
     for file in open_files:
-        lines.append(f"  {file.output_file}")
         log = job_log(file.output_file)
-        if log and (said := last_line(log)):
+        devices, said = read_log(log) if log else ("", "")
+        lines.append(f"  {file.output_file}{devices}")
+        if log and said:
             quiet = time.time() - log.stat().st_mtime
             silence = f" (silent for {rounded(timedelta(seconds=quiet))})" if running and quiet > QUIET_SECONDS else ""
             lines.append(f"      {said}{silence}")

@@ -27,7 +27,9 @@ rule slow:
     input: "results/first"
     output: "results/slow/last"
     log: "logs/slow/last.log"
-    shell: "echo starting > {log}; echo step 3/9 >> {log}; while [ ! -e go ]; do sleep 0.1; done; cp {input} {output}"
+    shell:
+        "(echo gpu_lease: leased GPU-1; echo step 3/9) > {log}; "
+        "while [ ! -e go ]; do sleep 0.1; done; cp {input} {output}"
 """
 
 pytestmark = pytest.mark.slow
@@ -75,14 +77,14 @@ def test_a_running_job_is_shown_with_the_last_line_of_its_log_and_after_a_kill_a
     folder: Path, running: subprocess.Popen[bytes]
 ) -> None:
     text = status(folder)
-    assert "running:\n  results/slow/last\n      step 3/9\n" in text
+    assert "running:\n  results/slow/last on GPU-1\n      step 3/9\n" in text
     assert "jobs after" in text
     os.killpg(running.pid, signal.SIGKILL)
     running.wait()
-    assert "or was killed (then: snakemake --unlock):\n  results/slow/last\n" in status(folder)
+    assert "or was killed (then: snakemake --unlock):\n  results/slow/last on GPU-1\n" in status(folder)
     for lock in folder.glob(".snakemake/locks/*"):
         lock.unlink()
-    assert "interrupted (run again to go on from there):\n  results/slow/last\n" in status(folder)
+    assert "interrupted (run again to go on from there):\n  results/slow/last on GPU-1\n" in status(folder)
 
 
 def test_what_is_stale_is_shown_with_its_reason_and_what_is_done_is_counted(
