@@ -1,4 +1,5 @@
 # make results: everything, from an empty folder to results/results.md. make test: the suite. make check: linters.
+# make status: what is done, running, stale and why; starts nothing, and may be asked while a workflow runs.
 
 PYTHON ?= python3.11
 VENV ?= .venv
@@ -9,11 +10,14 @@ SNAKEMAKE_ARGUMENTS ?=
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 INSTALL = $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet --no-deps
 
-.PHONY: results test check format generate clean-environment
+.PHONY: results status test check format generate clean-environment
 
 results: $(VENV)/installed
 	snakemake --cores all $(SNAKEMAKE_ARGUMENTS)
 	@echo "Done: read results/results.md"
+
+status: $(VENV)/installed
+	@python workflow_scripts/status.py $(SNAKEMAKE_ARGUMENTS)
 
 test: $(VENV)/installed-test
 	python -m pytest -n 2 $(PYTEST_ARGUMENTS)
@@ -25,6 +29,13 @@ check: $(VENV)/installed-test
 	mypy
 	lint-imports
 	snakemake --lint
+
+# Known vulnerabilities of what envs/*.txt pin; says so, and passes, where no advisory database can be reached.
+audit:
+	@test -x $(VENV)-audit/bin/pip-audit || { $(PYTHON) -m venv $(VENV)-audit && \
+	  $(VENV)-audit/bin/python -m pip install --disable-pip-version-check --quiet pip-audit==2.10.1; } || \
+	  { echo "audit: NOT AUDITED: pip-audit cannot be installed"; rm -rf $(VENV)-audit; }
+	@test ! -x $(VENV)-audit/bin/pip-audit || $(VENV)-audit/bin/python .ci/audit envs/*.txt
 
 format: $(VENV)/installed-test
 	ruff check --fix .

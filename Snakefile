@@ -62,3 +62,7 @@ rule figures:
     """Draw every figure."""
     input:
         study_targets("figures"),
+
+
+onerror:
+    shell("python workflow_scripts/failed_logs.py {log:q}")

@@ -108,6 +108,15 @@ def test_a_fault_names_the_file_and_the_key(tmp_path: Path, overrides: dict, mes
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("parallel, gpus", [(4, 1), (1, 2)])
+def test_an_engine_spreads_over_the_gpus_that_its_job_asks_for(tmp_path: Path, parallel: int, gpus: int) -> None:
+    overrides = study(evaluation={"engine": {"tensor_parallel": parallel}})
+    message = rf"tensor_parallel': is {parallel}, but resources\.evaluation\.gpus is {gpus}: give both the same number"
+    with pytest.raises(ConfigurationError, match=message):
+        load(tmp_path, overrides | {"resources": {"evaluation": {"gpus": gpus}}})
+    load(tmp_path, overrides | {"resources": {"evaluation": {"gpus": parallel}}})
+
+
 def test_a_fault_on_the_command_line_names_the_command_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"^--config: 'context_distillation\.seeds"):
         load(tmp_path, study(seeds=[1]), study(seeds="x"))

@@ -183,3 +183,13 @@ def test_auto_takes_vllm_only_where_nothing_speaks_against_it(tiny: Path, monkey
 def test_without_vllm_the_reason_says_so(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert vllm_module.objection(tiny, []) == "vLLM is not installed"
+
+
+def test_an_engine_that_got_fewer_gpus_than_it_spreads_over_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    from stillhouse.evaluation.engines.vllm_engine import _device_options
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert _device_options(EngineSettings(tensor_parallel=2))["tensor_parallel_size"] == 2
+    with pytest.raises(UserError, match="tensor_parallel is 4, but the job has 2 GPUs: raise --resources gpu"):
+        _device_options(EngineSettings(tensor_parallel=4))

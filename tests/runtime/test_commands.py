@@ -55,3 +55,9 @@ def test_an_unknown_key_names_the_nearest() -> None:
 def test_an_argument_without_a_value_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="'training' is not of the form key=value"):
         parse_settings(RunSettings, ["training"])
+
+
+@pytest.mark.parametrize("value", ["*.jsonl", "[1", "{a: b", "a: b: c", "${", "@x"])
+def test_a_value_that_is_no_yaml_is_one_clear_line(value: str) -> None:
+    with pytest.raises(ConfigurationError, match="command line: "):
+        parse_settings(RunSettings, [f"prompt_format={value}"])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -94,7 +95,7 @@ def find(program: str) -> str | None:
 def up(directory: Path = DEFAULT_DIRECTORY) -> None:
     """Start munge (unless it runs), the controller and the node, and wait until the node is idle."""
     ensure_installed()
-    down(directory)
+    down(running_directory() or directory)
     for name in ("state", "spool", "devices"):
         (directory / name).mkdir(parents=True)
     for number in range(GPUS):
@@ -109,6 +110,15 @@ def up(directory: Path = DEFAULT_DIRECTORY) -> None:
     wait_for(lambda: node_state() == "idle", "the node to be idle", directory / "slurmctld.log")
 
 
+def running_directory() -> Path | None:
+    """Where the Slurm that an earlier `up` left behind keeps its files; None where there is none."""
+    conf = CONFIGURATION / "slurm.conf"
+    found = (
+        re.search(r"^SlurmctldPidFile=(.+)/slurmctld\.pid$", conf.read_text(), re.MULTILINE) if conf.exists() else None
+    )
+    return Path(found[1]) if found else None
+
+
 def start_munge(directory: Path) -> None:
     """Start the authentication daemon as its own user, which its packages made."""
     for folder in ("/run/munge", "/var/lib/munge", "/var/log/munge"):
@@ -119,8 +129,9 @@ def start_munge(directory: Path) -> None:
     (directory / "munged.pid").write_text(Path("/run/munge/munged.pid").read_text())
 
 
-def down(directory: Path = DEFAULT_DIRECTORY) -> None:
+def down(directory: Path | None = None) -> None:
     """Cancel what runs, stop the daemons that `up` started and remove what it wrote."""
+    directory = directory or running_directory() or DEFAULT_DIRECTORY
     if (directory / "slurmctld.pid").exists() and answers("squeue", "--noheader"):
         subprocess.run(["scancel", "--full", "--signal=KILL", "--state=RUNNING", "--user=root"], capture_output=True)
         subprocess.run(["scancel", "--user=root"], capture_output=True)
@@ -197,10 +208,10 @@ def wait_for(condition: Callable[[], bool], what: str, log: Path, seconds: float
 
 
 if __name__ == "__main__":
-    commands = {"up": up, "down": down}
+    commands: dict[str, Callable[..., None]] = {"up": up, "down": down}
     if len(sys.argv) not in (2, 3) or sys.argv[1] not in commands:
         raise SystemExit(__doc__)
     try:
-        commands[sys.argv[1]](Path(sys.argv[2]).absolute() if len(sys.argv) > 2 else DEFAULT_DIRECTORY)
+        commands[sys.argv[1]](*(Path(argument).absolute() for argument in sys.argv[2:]))
     except SlurmUnavailableError as error:
         raise SystemExit(f"error: {error}") from None

@@ -21,9 +21,9 @@ STUDY = {
     "seeds": list(SEEDS),
     "defaults": {"training": {"steps": 24, "save_every": 24, "resume_every": 1}},
 }
-TARGET = "results/results.md"
+TARGET, EVALUATION = "results/results.md", "results/context_distillation/tiny/evaluation"
 STUDENT = "context_distillation/tiny/students/baseline/seed_{seed}"
-COMPARED = ("evaluation/results.json", "evaluation/items.parquet")
+COMPARED = (f"{EVALUATION}/results.json", f"{EVALUATION}/items.parquet")
 # As shipped, but asking more often: the plugin looks after 40 seconds, which spares a shared controller.
 PROFILE = ("--workflow-profile", "profiles/slurm", "--latency-wait", "5")
 IMPATIENT = ("--slurm-init-seconds-before-status-checks", "8", "--seconds-between-status-checks", "1")
@@ -47,7 +47,7 @@ def undisturbed(tiny_model: Path, tmp_path: Path) -> Workflow:
 def test_a_workflow_that_loses_a_job_and_a_node_ends_with_the_results_of_an_undisturbed_run(
     project: Workflow, undisturbed: Workflow
 ) -> None:
-    reference = undisturbed.start(TARGET)
+    reference = undisturbed.start(COMPARED[0])
     process = project.start(TARGET, *PROFILE, *IMPATIENT)
     try:
         cancelled = job_in_training(project, process, 1)
@@ -84,12 +84,10 @@ def test_a_workflow_that_loses_a_job_and_a_node_ends_with_the_results_of_an_undi
     [log] = (project.directory / "logs/slurm/rule_context_distillation_train/tiny_baseline_2").glob("*.log")
     assert log.read_text().count("continuing from step") == 1
 
-    for name in COMPARED:
-        path = f"results/context_distillation/tiny/{name}"
-        assert (project.directory / path).read_bytes() == (undisturbed.directory / path).read_bytes(), name
+    for path in COMPARED:
+        assert (project.directory / path).read_bytes() == (undisturbed.directory / path).read_bytes(), path
     for seed in SEEDS:
-        assert student(project, seed, "manifest.json")["files"].keys() >= {"metrics.jsonl"}
-        assert weights(project, seed) == weights(undisturbed, seed)
+        assert weights(project, seed) == weights(undisturbed, seed) != {}
     assert project.planned(TARGET) == {}
 
 

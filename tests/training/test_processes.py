@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from stillhouse.runtime.errors import UserError
+from stillhouse.training.tracking import read_metrics
 from tests.training.tiny_run import REPOSITORY, tiny_settings, tiny_train
 
 
@@ -44,17 +45,20 @@ def run_two_processes(model: Path, folder: Path, *arguments: str) -> list[subpro
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_weights_of_one(tiny_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_two_processes_give_the_loss_curve_and_the_weights_of_one(
+    tiny_model: Path, tmp_path: Path, method: str
+) -> None:
     """The batch of five splits unevenly, 2 and 3, with answers of uneven length."""
-    _, alone = tiny_train(tiny_model, tmp_path / "one", tiny_settings())
-    processes = run_two_processes(tiny_model, tmp_path / "two")
+    _, alone = tiny_train(tiny_model, tmp_path / "one", tiny_settings(method=method))
+    processes = run_two_processes(tiny_model, tmp_path / "two", "--method", method)
     outputs = [process.communicate(timeout=300) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert [output for output, _ in outputs] == ["processes: 2\n"] * 2
-    weights = [
-        load_file(tmp_path / folder / "output" / "checkpoint-8" / "adapter_model.safetensors")
-        for folder in ("one", "two")
-    ]
+    outputs_of = [tmp_path / folder / "output" for folder in ("one", "two")]
+    curves = [[row["loss"] for row in read_metrics(output / "metrics.jsonl")] for output in outputs_of]
+    assert curves[1] == pytest.approx(curves[0], rel=1e-5)
+    weights = [load_file(next((output / "checkpoint-8").glob("*model.safetensors"))) for output in outputs_of]
     torch.testing.assert_close(weights[1], weights[0], atol=2e-5, rtol=0)
     assert alone.processes == 1
 

@@ -256,6 +256,44 @@ def test_another_user_respects_a_lease_and_can_take_it_over(lease_module, monkey
         shutil.rmtree(parent)
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+def test_jobs_of_two_users_on_one_node_never_share_a_device(lease_module, monkeypatch, tmp_path):
+    parent = Path(tempfile.mkdtemp())
+    parent.chmod(0o777)
+    monkeypatch.setenv("STILLHOUSE_LOCK_DIR", str(parent / "leases"))
+    pool = ["GPU-a", "GPU-b", "GPU-c", "GPU-d"]
+    node = lease_module.Node(pool, lambda device: {})
+
+    def job(user: int, count: int) -> None:
+        if user:
+            os.setgid(user)
+            os.setuid(user)
+        for _ in range(5):
+            # A directory per device in use: mkdir fails if two jobs ever share one.
+            leased = lease_module.wait_for_lease(pool, count, node, 64, timeout=60)
+            for device in leased:
+                (parent / device).mkdir()
+            time.sleep(0.002)
+            for device in leased:
+                (parent / device).rmdir()
+            os.closerange(lease_module.LOWEST_LOCK_DESCRIPTOR, lease_module.LOWEST_LOCK_DESCRIPTOR + 20)
+
+    processes = []
+    for number in range(12):
+        if (process := os.fork()) == 0:
+            status = 1
+            try:
+                os.umask(0)
+                job((0, 65534)[number % 2], 1 + number % 4)
+                status = 0
+            finally:
+                os._exit(status)
+        processes.append(process)
+    statuses = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
+    shutil.rmtree(parent)
+    assert statuses == [0] * 12
+
+
 @pytest.mark.parametrize("trick", ["file", "link", "missing parent"])
 def test_a_lock_directory_that_cannot_be_used_is_a_clear_error(machine, trick):
     place = machine.directory / "place"

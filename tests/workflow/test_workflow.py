@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -153,6 +154,18 @@ def test_an_evaluation_that_is_made_again_computes_only_what_is_missing(project:
     record = json.loads((directory / "run.json").read_text())
     assert (record["parts_computed"], record["parts_kept"]) == (1, len(parts) - 1)
     assert {name: (directory / name).read_bytes() for name in before} == before
+
+
+def test_four_gpus_train_two_students_side_by_side_and_then_evaluate_on_all(tiny_model: Path, tmp_path: Path) -> None:
+    project = make_workflow(
+        tmp_path / "project", tiny_model, {"conditions": ["base_zero_shot", "baseline", "online_v1"]}
+    )
+    layers = ("--configfile", "tiny.yaml", "config/variants/four_gpus.yaml")
+    shown = project.run("-n", "--resources", "gpu=4", *layers).stdout
+    jobs = re.findall(r"^rule (\w+):$(?:\n    .*)*\n    resources: .*?\bgpu=(\d)", shown, re.MULTILINE)
+    assert [int(gpus) for rule, gpus in jobs if rule == "context_distillation_train"] == [2, 2]
+    assert [int(gpus) for rule, gpus in jobs if rule == "context_distillation_evaluate"] == [4]
+    assert "gpu_lease.py --at-most --distributed 2 --" in shown and "gpu_lease.py --at-most 4 --" in shown
 
 
 def test_the_dag_can_be_drawn(project: Workflow) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, TypeVar
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
@@ -40,8 +41,8 @@ def parse_settings(model: type[Settings], arguments: Sequence[str]) -> Settings:
         return model.model_validate(OmegaConf.to_container(given, resolve=True))
     except ValidationError as error:
         raise ConfigurationError(explain_validation_error(error, model, "command line")) from None
-    except OmegaConfBaseException as error:
-        raise ConfigurationError(f"command line: {error}") from None
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise ConfigurationError(f"command line: {' '.join(str(error).split())}") from None
 
 
 def run_step(model: type[Settings], main: Callable[[Settings], None]) -> None:

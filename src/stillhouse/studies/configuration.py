@@ -58,6 +58,19 @@ class Configuration(StrictModel):
                     )
         return self
 
+    @model_validator(mode="after")
+    def engines_get_the_gpus_they_spread_over(self) -> Configuration:
+        """Refuse an evaluation that spreads a model over another number of GPUs than its job asks for."""
+        for study in STUDIES:
+            engine = getattr(getattr(getattr(self, study), "evaluation", None), "engine", None)
+            if engine is not None and engine.tensor_parallel != self.resources.evaluation.gpus:
+                raise SettingError(
+                    (study, "evaluation", "engine", "tensor_parallel"),
+                    f"is {engine.tensor_parallel}, but resources.evaluation.gpus is {self.resources.evaluation.gpus}: "
+                    "give both the same number",
+                )
+        return self
+
 
 def embedded_configuration() -> Configuration:
     """The configuration of `config/config.yaml`: every study at a size for two cores, from packages alone."""

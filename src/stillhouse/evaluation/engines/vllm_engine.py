@@ -30,6 +30,7 @@ from stillhouse.evaluation.engines.checks import (
 )
 from stillhouse.models.loading import load_tokenizer
 from stillhouse.models.precision import resolve_precision, torch_dtype
+from stillhouse.runtime.errors import UserError
 from stillhouse.runtime.files import read_json
 from stillhouse.runtime.seeds import derived_seed
 
@@ -190,6 +191,11 @@ class VllmEngine:
 def _device_options(settings: EngineSettings) -> dict[str, Any]:
     """Memory and parallelism. On a CPU the cache's size is given: vLLM's default share of memory fails there."""
     if torch.cuda.is_available():
+        if settings.tensor_parallel > torch.cuda.device_count():
+            raise UserError(
+                f"evaluation.engine.tensor_parallel is {settings.tensor_parallel}, but the job has "
+                f"{torch.cuda.device_count()} GPUs: raise --resources gpu, use a larger node, or lower it"
+            )
         return {
             "gpu_memory_utilization": settings.gpu_memory_fraction,
             "tensor_parallel_size": settings.tensor_parallel,
