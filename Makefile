@@ -10,7 +10,7 @@ SNAKEMAKE_ARGUMENTS ?=
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 INSTALL = $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet --no-deps
 
-.PHONY: results status test check format generate clean-environment
+.PHONY: results status test check audit format generate clean-environment
 
 results: $(VENV)/installed
 	snakemake --cores all $(SNAKEMAKE_ARGUMENTS)
