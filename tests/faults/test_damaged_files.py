@@ -24,9 +24,7 @@ def fill(disk: Path, free: int) -> Path:
     return filler
 
 
-@pytest.mark.fault(
-    "disk full while a shard is written (a real, small disk)", "finished ones kept; the rest made later"
-)
+@pytest.mark.fault("disk full while a shard is written (a real, small disk)", "finished ones kept; the rest made later")
 def test_a_cache_on_a_full_disk_keeps_its_finished_shards(small_disk: Path) -> None:
     work, computed = small_disk / "work", []
 
