@@ -11,8 +11,9 @@ import sys
 from pathlib import Path
 
 LINES = 25
-FAILURE = re.compile(r"^Error in (?:group job \S+|rule (?P<rule>\w+)):$(?P<facts>(?:\n {4}.*)*)", re.MULTILINE)
-FACT = re.compile(r"^ {4}(jobid|log|message): (.+)$", re.MULTILINE)
+# A job's failure inside a group is indented.
+FAILURE = re.compile(r"^( *)Error in rule (?P<rule>\w+):$(?P<facts>(?:\n\1 {4}.*)*)", re.MULTILINE)
+FACT = re.compile(r"^ *(jobid|log): (.+)$", re.MULTILINE)
 
 
 def failed_jobs(text: str) -> dict[str, tuple[str, list[Path]]]:
@@ -24,7 +25,7 @@ def failed_jobs(text: str) -> dict[str, tuple[str, list[Path]]]:
         if re.search(rf"^Finished jobid: {number} ", text[match.end() :], re.MULTILINE):
             continue
         logs = facts.get("log", "").partition(" (check log file")[0]
-        failed[number] = (match["rule"] or "group", [Path(name) for name in logs.split(", ") if name])
+        failed[number] = (match["rule"], [Path(name) for name in logs.split(", ") if name])
     return failed
 
 

@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import time
+from base64 import urlsafe_b64decode
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,19 @@ def contents(workflow: Workflow) -> dict[str, Any]:
 
 
 def finished(workflow: Workflow) -> dict[Path, int]:
-    """The output folders that are in place, each with its inode: one that is made again gets another."""
-    manifests = [*workflow.directory.glob("re*/**/manifest.json")]
-    return {path.parent: path.parent.stat().st_ino for path in manifests if ".staging" not in str(path)}
+    """The output folders of finished jobs, each with its inode: one that is made again gets another.
+
+    A job that was killed between its last step and snakemake's note of it is made again, from its state in work/.
+    """
+    marks = workflow.directory / ".snakemake" / "incomplete"
+    parts = ["".join(path.relative_to(marks).parts) for path in marks.rglob("*") if path.is_file()]
+    incomplete = {urlsafe_b64decode(name.replace("@", "")).decode() for name in parts}
+    folders = [path.parent for path in workflow.directory.glob("re*/**/manifest.json") if ".staging" not in str(path)]
+    return {
+        folder: folder.stat().st_ino
+        for folder in folders
+        if str(folder.relative_to(workflow.directory)) not in incomplete
+    }
 
 
 def end(process: subprocess.Popen[bytes], whole_group: bool) -> None:

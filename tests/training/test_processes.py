@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from stillhouse.runtime.errors import UserError
@@ -45,22 +46,48 @@ def run_two_processes(model: Path, folder: Path, *arguments: str) -> list[subpro
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize(
+    ("method", "sharding"), [("lora", "none"), ("full", "none"), ("full", "fsdp"), ("full", "zero2")]
+)
 def test_two_processes_give_the_loss_curve_and_the_weights_of_one(
-    tiny_model: Path, tmp_path: Path, method: str
+    tiny_model: Path, tmp_path: Path, method: str, sharding: str
 ) -> None:
     """The batch of five splits unevenly, 2 and 3, with answers of uneven length."""
     _, alone = tiny_train(tiny_model, tmp_path / "one", tiny_settings(method=method))
-    processes = run_two_processes(tiny_model, tmp_path / "two", "--method", method)
+    options = ["--method", method, "--sharding", sharding]
+    processes = run_two_processes(tiny_model, tmp_path / "two", *options)
     outputs = [process.communicate(timeout=300) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
-    assert [output for output, _ in outputs] == ["processes: 2\n"] * 2
+    told = "processes: 2\n" if sharding == "none" else "processes: 2 sharded\n"
+    assert [output for output, _ in outputs] == [told] * 2
     outputs_of = [tmp_path / folder / "output" for folder in ("one", "two")]
     curves = [[row["loss"] for row in read_metrics(output / "metrics.jsonl")] for output in outputs_of]
     assert curves[1] == pytest.approx(curves[0], rel=1e-5)
     weights = [load_file(next((output / "checkpoint-8").glob("*model.safetensors"))) for output in outputs_of]
     torch.testing.assert_close(weights[1], weights[0], atol=2e-5, rtol=0)
     assert alone.processes == 1
+
+
+@pytest.mark.slow
+@pytest.mark.fault("kill -9 of one of two sharded training processes", "resumed; equal within rounding")
+def test_a_sharded_training_that_is_killed_is_continued(tiny_model: Path, tmp_path: Path) -> None:
+    options = ["--method", "full", "--sharding", "fsdp"]
+    killed = run_two_processes(tiny_model, tmp_path / "two", *options, "--kill-at", "6", "--kill-rank", "1")
+    for process in killed:
+        process.communicate(timeout=300)
+    assert not (tmp_path / "two" / "output").exists()
+    outputs = [
+        process.communicate(timeout=300) for process in run_two_processes(tiny_model, tmp_path / "two", *options)
+    ]
+    assert "continuing from step 4 of 8" in outputs[0][1]
+    tiny_train(tiny_model, tmp_path / "one", tiny_settings(method="full"))
+    weights = [load_file(tmp_path / run / "output/checkpoint-8/model.safetensors") for run in ("one", "two")]
+    torch.testing.assert_close(weights[1], weights[0], atol=2e-5, rtol=0)
+
+
+def test_sharding_is_refused_for_lora() -> None:
+    with pytest.raises(ValidationError, match="sharding fsdp needs method full"):
+        tiny_settings(sharding="fsdp")
 
 
 def test_fewer_examples_per_update_than_processes_are_refused(

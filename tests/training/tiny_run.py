@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from stillhouse.config.training import TrainingSettings
 from stillhouse.data.packing import AnswerBatch, answer_rows_logits, micro_batches, pack, pad
@@ -109,6 +110,7 @@ def main() -> None:
     parser.add_argument("--kill-in-state", type=int)
     parser.add_argument("--method", default="lora")
     parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--sharding", default="none")
     arguments = parser.parse_args()
     configure_logging()
     torch.set_num_threads(1)
@@ -118,13 +120,15 @@ def main() -> None:
     objective = AnswerCrossEntropy(arguments.kill_at if own_rank else None)
     if arguments.terminate_at:
         objective = AnswerCrossEntropy(arguments.terminate_at, signal.SIGTERM)
-    settings = tiny_settings(method=arguments.method, lora={"rank": 4, "alpha": 8, "dropout": arguments.dropout})
+    lora = {"rank": 4, "alpha": 8, "dropout": arguments.dropout}
+    settings = tiny_settings(method=arguments.method, lora=lora, sharding=arguments.sharding)
     tokenizer = load_tokenizer(arguments.model)
     with staged_output(arguments.folder / "output") as staging:
-        _, result = tiny_train(
+        model, result = tiny_train(
             arguments.model, arguments.folder, settings, objective, tokenizer=tokenizer, output_dir=staging
         )
-    print("processes:", result.processes)
+    spread = all(isinstance(parameter, DTensor) for parameter in model.parameters())
+    print("processes:", result.processes, *["sharded"] * spread)
 
 
 def _die_while_writing_state(step: int) -> None:

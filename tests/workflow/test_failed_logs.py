@@ -49,3 +49,27 @@ def test_a_failure_prints_the_end_of_the_right_log(tmp_path: Path) -> None:
     last = lines.index("error: data.jsonl: is empty")
     assert lines[last - 2 : last] == ["100", "epoch 2"]
     assert "50" not in lines
+
+
+GROUP = """\
+[Sat Nov 21 09:41:50 2026]
+    message: Error in group inputs
+    [Sat Nov 21 09:41:50 2026]
+    Error in rule dataset:
+        jobid: 2
+        log: logs/dataset.log (check log file(s) for error details)
+    [Sat Nov 21 09:41:50 2026]
+    Error in rule split:
+        jobid: 1
+        log: logs/split.log (check log file(s) for error details)
+Finished jobid: 1 (Rule: split)
+"""
+
+
+def test_a_failure_inside_a_group_of_jobs_is_found(tmp_path: Path) -> None:
+    (tmp_path / "run.log").write_text(GROUP)
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs/dataset.log").write_text("error: no such file\n")
+    command = [sys.executable, str(REPOSITORY / "workflow_scripts/failed_logs.py"), "run.log"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.stderr == "dataset: the end of logs/dataset.log\n    error: no such file\n"

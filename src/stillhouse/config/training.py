@@ -67,10 +67,24 @@ class TrainingSettings(StrictModel):
     schedule: ScheduleSettings = ScheduleSettings()
     precision: Precision = "auto"
     gradient_checkpointing: bool = False
+    sharding: Annotated[
+        Literal["none", "fsdp", "zero2"],
+        Field(
+            description="Spread weights, gradients and moments of full fine-tuning over the processes (FSDP2); zero2 "
+            "keeps a layer's weights gathered between its two passes. Equal results within rounding."
+        ),
+    ] = "none"
     save_every: Annotated[int, Field(ge=1, description="Steps between saved checkpoints.")] = 200
     resume_every: Annotated[int, Field(ge=1, description="Steps between resumable states in work/.")] = 50
     keep_resume_states: Annotated[int, Field(ge=1, description="Resumable states kept; older are pruned.")] = 2
     log_every: Annotated[int, Field(ge=1)] = 1
+
+    @model_validator(mode="after")
+    def sharding_is_for_full_fine_tuning(self) -> TrainingSettings:
+        """Refuse to shard what LoRA trains: a frozen base and its small adapter fit on each device."""
+        if self.sharding != "none" and self.method != "full":
+            raise ValueError(f"sharding {self.sharding} needs method full: set sharding to none for {self.method}")
+        return self
 
     @model_validator(mode="after")
     def warmup_ends_before_training_does(self) -> TrainingSettings:

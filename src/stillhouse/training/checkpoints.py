@@ -29,6 +29,8 @@ from stillhouse.models.lora import ADAPTER_CONFIG
 from stillhouse.runtime.errors import UserError
 from stillhouse.runtime.files import read_json, staged_directory, verify_manifest, write_json, write_manifest
 from stillhouse.runtime.logs import logger
+from stillhouse.training.processes import process_state
+from stillhouse.training.sharding import gathered, spread_like
 
 STATE_TENSORS, STATE_PROGRESS = "state.safetensors", "progress.json"
 
@@ -52,11 +54,17 @@ def save_state(
     optimizer: torch.optim.Optimizer,
     keep: int,
 ) -> None:
-    """Write `state-<step>/` whole and durable, then prune all but the newest `keep` states."""
+    """Write `state-<step>/` whole and durable, then prune all but the newest `keep` states.
+
+    Every process calls this, the main one writes.
+    """
     names: dict[Tensor, str] = {parameter: name for name, parameter in parameters.items()}
     tensors = {f"parameter/{name}": parameter.detach() for name, parameter in parameters.items()}
     for parameter, moments in optimizer.state.items():
         tensors |= {f"optimizer/{names[parameter]}/{key}": value for key, value in moments.items()}
+    tensors = gathered(tensors)
+    if not process_state().is_main_process:
+        return
     with staged_directory(work_dir / f"state-{progress.step}") as staging, _full_disk_as_os_error():
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, staging / STATE_TENSORS)
         write_json(staging / STATE_PROGRESS, asdict(progress))
@@ -75,12 +83,12 @@ def load_state(directory: Path, parameters: Mapping[str, nn.Parameter], optimize
         raise UserError(f"{directory}: is of a model that trains other parameters: delete it and run again")
     with torch.no_grad():
         for name, parameter in expected.items():
-            parameter.copy_(saved[name])
+            parameter.copy_(spread_like(saved[name], parameter))
     names = {parameter: name for name, parameter in parameters.items()}
     ordered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     moments = {
         index: {
-            name.rpartition("/")[2]: tensor
+            name.rpartition("/")[2]: spread_like(tensor, parameter)
             for name, tensor in tensors.items()
             if name.rpartition("/")[0] == f"optimizer/{names[parameter]}"
         }
@@ -118,8 +126,12 @@ def save_weights(
 ) -> None:
     """Write `checkpoint-<step>/`: an adapter, a transformers model in `dtype`, or what a module has learnt.
 
-    The last is the trained `parameters`, also those that are frozen at this step, and the buffers of its state.
+    The last is the trained `parameters`, also those that are frozen at this step, and the buffers of its state. Every
+    process calls this, the main one writes.
     """
+    weights = gathered(model.state_dict()) if isinstance(model, PreTrainedModel) else {}
+    if not process_state().is_main_process:
+        return
     with staged_directory(work_dir / f"checkpoint-{step}") as staging, _full_disk_as_os_error():
         if isinstance(model, PeftModel):
             # "auto" would ask the hub whether the vocabulary was resized; Stillhouse never resizes it.
@@ -127,7 +139,7 @@ def save_weights(
             (staging / "README.md").unlink(missing_ok=True)
             _sort_target_modules(staging / ADAPTER_CONFIG)
         elif isinstance(model, PreTrainedModel):
-            model.save_pretrained(staging, state_dict=_cast(model.state_dict(), dtype))
+            model.save_pretrained(staging, state_dict=_cast(weights, dtype))
             configuration = read_json(staging / "config.json")
             write_json(staging / "config.json", configuration | {"dtype": str(dtype).removeprefix("torch.")})
             if tokenizer is not None:

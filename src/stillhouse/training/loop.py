@@ -18,7 +18,7 @@ import resource
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,7 @@ from stillhouse.training.processes import (
     sum_statistics,
 )
 from stillhouse.training.schedules import learning_rate_factor
+from stillhouse.training.sharding import scalar, shard
 from stillhouse.training.tracking import (
     METRICS_FILE,
     TRACKING_FOLDER,
@@ -169,6 +170,13 @@ class Trainer:
                 parameter.data = parameter.data.float()
         if settings.gradient_checkpointing:
             enable_gradient_checkpointing(model)
+        self.sharded = settings.sharding != "none" and accelerator.num_processes > 1
+        if self.sharded:
+            if groups:
+                raise UserError("training.sharding: this study has parameter groups of its own: set it to none")
+            for parameter in model.parameters():
+                parameter.data = broadcast(parameter.data)
+            shard(model, self.device, keep_weights_gathered=settings.sharding == "zero2")
         groups = groups or parameter_groups(model, settings.learning_rate_multipliers)
         self.parameters = trained_parameters(groups)
         self.optimizer = build_optimizer(groups, settings.learning_rate, settings.weight_decay, self.device)
@@ -184,7 +192,7 @@ class Trainer:
             self.progress = load_state(state, self.parameters, self.optimizer)
             if self.accelerator.is_main_process:
                 logger.info("continuing from step %d of %d", self.progress.step, self.settings.steps)
-        else:
+        elif not self.sharded:
             # Every process starts from the same weights, also where a study forgot to seed its own modules.
             for parameter in self.parameters.values():
                 parameter.data = broadcast(parameter.data)
@@ -219,11 +227,11 @@ class Trainer:
                     metrics.append(row)
                     watch.log(row)
                     report.update(row)
-                if main and step in settings.saved_steps:
+                if step in settings.saved_steps:
                     save_weights(
                         self.work_dir, step, self.model, torch_dtype(self.precision), tokenizer, self.parameters
                     )
-                if main and (step % settings.resume_every == 0 or step == settings.steps or stopped):
+                if step % settings.resume_every == 0 or step == settings.steps or stopped:
                     save_state(
                         self.work_dir,
                         self.progress,
@@ -246,15 +254,17 @@ class Trainer:
         own = self._accumulate_within_memory(step) | {"stop": float(stop.received)}
         sums = sum_statistics(own, self.device)
         learning = [parameter for parameter in self.parameters.values() if parameter.requires_grad]
-        sum_gradients(learning)
+        if not self.sharded:
+            sum_gradients(learning)
         count, tokens = sums.pop("count"), sums.pop("tokens")
         stopped = sums.pop("stop") > 0
         if count == 0:
             raise UserError(f"step {step}: the batch has nothing to learn (no counted unit): check the data")
         for parameter in learning:
             assert parameter.grad is not None
-            parameter.grad /= count
-        norm = nn.utils.clip_grad_norm_(learning, self.settings.max_gradient_norm).item()
+            # FSDP leaves the mean over processes where `sum_gradients` leaves the sum.
+            parameter.grad /= count / self.accelerator.num_processes if self.sharded else count
+        norm = scalar(nn.utils.clip_grad_norm_(learning, self.settings.max_gradient_norm))
         if not math.isfinite(norm):
             raise UserError(
                 f"step {step}: the gradient is not finite (loss {sums['loss'] / count}): lower learning_rate "
@@ -298,6 +308,11 @@ class Trainer:
             except RuntimeError as error:
                 if not should_reduce_batch_size(error):
                     raise
+                if self.sharded:
+                    raise UserError(
+                        f"step {step}: out of memory, and one process alone cannot redo a sharded step: lower "
+                        "training.micro_batch_tokens, or use more GPUs"
+                    ) from error
             # Outside the handler: the traceback held the tensors of the failed pass.
             clear_device_cache(garbage_collection=True)
             examples, budget = self._examples(step), self.progress.micro_batch_tokens
@@ -321,15 +336,29 @@ class Trainer:
             # A cast that a teacher's pass without gradients left in the cache would cut the student's graph.
             cache_enabled=False,
         )
-        for micro_batch in self.data.micro_batches(self._examples(step), self.progress.micro_batch_tokens):
+        micro_batches = self.data.micro_batches(self._examples(step), self.progress.micro_batch_tokens)
+        for micro_batch, counted in self._in_step(micro_batches):
             with autocast:
                 terms = self.objective(self.model, micro_batch.to(self.device), step)
-            terms.total.backward()
+            (terms.total if counted else 0 * terms.total).backward()
+            if not counted:
+                continue
             fixed = {"loss": terms.total.detach(), "count": terms.count, "tokens": micro_batch.tokens}
             named = {**terms.terms, **fixed}
             for name, value in named.items():
                 sums[name] = sums[name] + (value.double() if isinstance(value, Tensor) else value)
         return dict(sums)
+
+    def _in_step(self, micro_batches: Iterable[Any]) -> Iterator[tuple[Any, bool]]:
+        """Each micro-batch, and whether it counts: sharded processes make equally many passes, the last ones idle."""
+        if not self.sharded:
+            yield from ((micro_batch, True) for micro_batch in micro_batches)
+            return
+        own = list(micro_batches)
+        passes = torch.tensor(len(own), device=self.device)
+        torch.distributed.all_reduce(passes, torch.distributed.ReduceOp.MAX)
+        for number in range(int(passes)):
+            yield own[min(number, len(own) - 1)], number < len(own)
 
     def _examples(self, step: int) -> Sequence[int]:
         indices = examples_of_step(step, self.settings.batch_size, len(self.data), self.seed)
