@@ -196,7 +196,7 @@ def test_the_best_and_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     [
         ({"lens": {"layer": 2}}, "is of layer 1 .* but this run explains layer 2"),
         ({"positions": {"policy": "midpoint"}}, "is of positions .* but this run explains positions"),
-        ({"positions": {"minimum": 29}, "activations": "on_the_fly"}, r"longest has \d+\): lower positions"),
+        ({"max_length": 64, "positions": {"minimum": 60}, "activations": "on_the_fly"}, r"has \d+\): lower positions"),
         ({"lens": {"encoder": {"output_layer": 9}}}, r"lens.encoder.output_layer: 9 is out of range"),
         ({"lens": {"layer": 9}, "activations": "on_the_fly"}, r"lens.layer: 9 is out of range"),
     ],

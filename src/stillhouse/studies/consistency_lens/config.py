@@ -420,19 +420,21 @@ EMBEDDED: Overrides = {
             "decoder": {
                 "prompt_text": "The word cat means the same as the word cat. The word he means the same as the word "
                 "he. The word<embed> means the same as",
-                "projection": {"learning_rate_multiplier": 0.2},
-                "prompt": {"learning_rate_multiplier": 3.0},
+                "projection": {"learning_rate_multiplier": 0.1},
+                "prompt": {"learning_rate_multiplier": 1.0},
             },
             "encoder": {
                 "prompt_text": "The word he means the same as<text>",
                 "output_layer": 10,
-                "projection": {"learning_rate_multiplier": 0.2},
-                "prompt": {"learning_rate_multiplier": 3.0},
+                "projection": {"learning_rate_multiplier": 0.6},
+                "prompt": {"learning_rate_multiplier": 6.0},
             },
         },
-        "loss": {"resample_kl": 0.25, "mse": 0.05},
+        "loss": {"resample_kl": 0.1, "mse": 0.05},
         "schedules": {
             "temperature": "1.0, cosine to 0.5 over 1e",
+            # Samples of an untrained decoder are mostly wrong words, and the encoder would learn to pass them over.
+            "noise": "0.2",
             "alpha": "0, linear to 0.02 over 0.5e",
             "learning_rate": "0, linear to 1 over 3s, cosine to 0.1 over 0.9e",
         },
