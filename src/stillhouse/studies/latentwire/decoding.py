@@ -14,19 +14,17 @@ from torch import Tensor
 
 from stillhouse.runtime.seeds import generator
 from stillhouse.studies.latentwire.config import AnswerGenerationSettings
-from stillhouse.studies.latentwire.prompt import Prompt
+from stillhouse.studies.latentwire.prompt import ReadPrompt
 
 if TYPE_CHECKING:
     from stillhouse.studies.latentwire.reader import Reader
 
 
 @torch.no_grad()
-def decode_answers(reader: Reader, prompt: Prompt, settings: AnswerGenerationSettings) -> list[str]:
+def decode_answers(reader: Reader, read: ReadPrompt, settings: AnswerGenerationSettings) -> list[str]:
     """One answer per row of the prompt, stripped; at most `max_new_tokens` tokens."""
-    prompt = prompt.padded("left")
-    cache = reader.new_cache(prompt)
-    mask = prompt.attention_mask
-    tokens = first_tokens(reader.first_logits(prompt, cache), reader.stop_ids, settings)
+    prompt, mask = read.prompt, read.prompt.attention_mask
+    tokens = first_tokens(read.first_logits, reader.stop_ids, settings)
     written: list[list[int]] = [[] for _ in range(len(prompt))]
     answers: list[str | None] = [None] * len(prompt)
     for step in range(1, settings.max_new_tokens + 1):
@@ -36,7 +34,7 @@ def decode_answers(reader: Reader, prompt: Prompt, settings: AnswerGenerationSet
         if step == settings.max_new_tokens or None not in answers:
             break
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        tokens = reader.next_logits(tokens, mask, prompt, cache).argmax(dim=-1)
+        tokens = reader.next_logits(tokens, mask, prompt, read.cache).argmax(dim=-1)
     return [_text(reader, ids) if answer is None else answer for ids, answer in zip(written, answers, strict=True)]
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import Tensor
+from transformers import DynamicCache
 
 KeysValues = tuple[tuple[Tensor, Tensor], ...]
 
@@ -48,6 +49,19 @@ class Prompt:
         order = self.attention_mask.argsort(dim=1, descending=side == "right", stable=True)
         embeddings = self.inputs_embeds.gather(1, order[..., None].expand_as(self.inputs_embeds))
         return replace(self, inputs_embeds=embeddings, attention_mask=self.attention_mask.gather(1, order))
+
+
+@dataclass(frozen=True)
+class ReadPrompt:
+    """A prompt that the model has read once, for several uses.
+
+    prompt: padded on the left. cache: its keys and values; who writes behind it works on a copy.
+    first_logits: [batch, vocabulary], of the answer's first token.
+    """
+
+    prompt: Prompt
+    cache: DynamicCache
+    first_logits: Tensor
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ reads embeddings (`inputs_embeds`), which is all that a prefix is.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -28,7 +29,7 @@ from stillhouse.runtime.seeds import generator
 from stillhouse.studies.latentwire.config import AnswerGenerationSettings, PromptStyle, ReaderSettings
 from stillhouse.studies.latentwire.data import AnswerTokens
 from stillhouse.studies.latentwire.decoding import decode_answers
-from stillhouse.studies.latentwire.prompt import AnswerRows, KeysValues, LayerShape, Prefix, Prompt
+from stillhouse.studies.latentwire.prompt import AnswerRows, KeysValues, LayerShape, Prefix, Prompt, ReadPrompt
 
 __all__ = ["AnswerRows", "Prefix", "Prompt", "Reader"]
 _EMBEDDING_ROWS = 8192
@@ -232,6 +233,28 @@ class Reader(nn.Module):
         """Logits of the answer's first token, [batch, vocabulary], as generation computes them; fills `cache`."""
         return self._last_logits(prompt.padded("left"), cache)
 
+    @torch.no_grad()
+    def read(self, prompt: Prompt) -> ReadPrompt:
+        """Read a prompt once: for the gold answer's likelihood and for the answer that the model writes itself."""
+        prompt = prompt.padded("left")
+        cache = self.new_cache(prompt)
+        return ReadPrompt(prompt, cache, self._last_logits(prompt, cache))
+
+    @torch.no_grad()
+    def logits_after(self, read: ReadPrompt, answers: AnswerTokens) -> tuple[Tensor, Tensor, Tensor]:
+        """What `answer_rows` gives for a prompt that was read: logits [R, vocabulary], labels [R], example [R]."""
+        answer_mask = answers.attention_mask.bool()
+        example, position = answer_mask.nonzero(as_tuple=True)
+        later = position > 0
+        logits = read.first_logits[example]
+        if later.any():
+            embedded = self.model.get_input_embeddings()(answers.input_ids[:, :-1])
+            mask = torch.cat([read.prompt.attention_mask, answers.attention_mask[:, :-1]], dim=1)
+            behind = replace(read.prompt, inputs_embeds=embedded, attention_mask=mask)
+            cache = copy.deepcopy(read.cache)
+            logits[later], _ = self._forward(behind, example[later], position[later] - 1, cache)
+        return logits, answers.labels[answer_mask], example
+
     def next_logits(self, token_ids: Tensor, attention_mask: Tensor, prompt: Prompt, cache: DynamicCache) -> Tensor:
         """Logits [batch, vocabulary] after one more token each; attention_mask covers prompt and all tokens so far."""
         embedded = self.model.get_input_embeddings()(token_ids[:, None])
@@ -256,9 +279,9 @@ class Reader(nn.Module):
         if not (trained - generated).abs().max() <= tolerance * generated.abs().max():
             raise UserError(f"{self.name}: training and generation do not agree on the answer's first token (t = 0)")
 
-    def generate(self, prompt: Prompt, settings: AnswerGenerationSettings) -> list[str]:
-        """One answer per row, up to its end token or the end of its first line, stripped."""
-        return decode_answers(self, prompt, settings)
+    def generate(self, prompt: Prompt | ReadPrompt, settings: AnswerGenerationSettings) -> list[str]:
+        """One answer per row, up to its end token or the end of its first line, stripped; uses up what was read."""
+        return decode_answers(self, prompt if isinstance(prompt, ReadPrompt) else self.read(prompt), settings)
 
     # Training.
 

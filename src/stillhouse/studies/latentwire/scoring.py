@@ -15,7 +15,8 @@ from torch.nn import functional
 
 from stillhouse.studies.latentwire.config import AnswerGenerationSettings
 from stillhouse.studies.latentwire.data import AnswerTokens, WireExample, answer_tokens
-from stillhouse.studies.latentwire.reader import Prompt, Reader
+from stillhouse.studies.latentwire.prompt import Prompt, ReadPrompt
+from stillhouse.studies.latentwire.reader import Reader
 
 
 @dataclass(frozen=True)
@@ -74,10 +75,10 @@ def score_items(
     scores: dict[int, ItemScore] = {}
     for batch in batches(wanted, settings.batch_size):
         began = time.monotonic()
-        prompt = presentation.render(batch)
-        found = _gold_scores(reader, prompt, [examples[index] for index in batch])
+        read = reader.read(presentation.render(batch))
+        found = _gold_scores(reader, read, [examples[index] for index in batch])
         if settings.generation is not None:
-            outputs = reader.generate(prompt, settings.generation)
+            outputs = reader.generate(read, settings.generation)
             found = [replace(one, output=output) for one, output in zip(found, outputs, strict=True)]
         seconds = (time.monotonic() - began) / len(batch)
         scores |= {index: replace(one, seconds=seconds) for index, one in zip(batch, found, strict=True)}
@@ -92,7 +93,7 @@ def candidate_nll(
     nll = [0.0] * len(candidates)
     for batch in batches(presentation.order, batch_size):
         answers = answer_tokens([reader.answer_ids(candidates[index]) for index in batch])
-        sums, counts, _ = _sums(reader, presentation.render(batch), answers)
+        sums, counts = _sums(reader, reader.read(presentation.render(batch)), answers)
         for index, value in zip(batch, (sums / counts).tolist(), strict=True):
             nll[index] = value
     return nll
@@ -104,12 +105,12 @@ def batches(indices: Sequence[int], size: int) -> Iterator[Sequence[int]]:
         yield indices[start : start + size]
 
 
-def _gold_scores(reader: Reader, prompt: Prompt, examples: Sequence[WireExample]) -> list[ItemScore]:
+def _gold_scores(reader: Reader, read: ReadPrompt, examples: Sequence[WireExample]) -> list[ItemScore]:
     answers = answer_tokens([reader.answer_ids(example.answer) for example in examples])
-    sums, counts, first = _sums(reader, prompt, answers)
+    sums, counts = _sums(reader, read, answers)
     scores = []
     for row, example in enumerate(examples):
-        logits = first[row]
+        logits = read.first_logits[row].float()
         golds = {reader.answer_ids(gold)[0] for gold in example.answers or ("",)}
         best = logits[torch.tensor(sorted(golds), device=logits.device)].max()
         rank = int((logits > best).sum()) + 1
@@ -117,12 +118,10 @@ def _gold_scores(reader: Reader, prompt: Prompt, examples: Sequence[WireExample]
     return scores
 
 
-def _sums(reader: Reader, prompt: Prompt, answers: AnswerTokens) -> tuple[Tensor, Tensor, Tensor]:
-    """Nats and tokens per answer, [batch] each, and the logits that predict the first tokens, [batch, vocabulary]."""
-    rows = reader.answer_rows(prompt, answers.to(prompt.inputs_embeds.device))
-    logits = rows.logits.float()
-    nats = functional.cross_entropy(logits, rows.labels, reduction="none").double()
-    batch = len(prompt.inputs_embeds)
-    sums = torch.zeros(batch, dtype=torch.float64, device=nats.device).index_add_(0, rows.example, nats)
-    counts = torch.bincount(rows.example, minlength=batch)
-    return sums, counts, logits[rows.position == 0]
+def _sums(reader: Reader, read: ReadPrompt, answers: AnswerTokens) -> tuple[Tensor, Tensor]:
+    """Nats and tokens per answer, [batch] each."""
+    logits, labels, example = reader.logits_after(read, answers.to(reader.device))
+    nats = functional.cross_entropy(logits.float(), labels, reduction="none").double()
+    batch = len(read.prompt)
+    sums = torch.zeros(batch, dtype=torch.float64, device=nats.device).index_add_(0, example, nats)
+    return sums, torch.bincount(example, minlength=batch)
