@@ -141,14 +141,7 @@ def test_an_evaluation_that_is_made_again_computes_only_what_is_missing(project:
         ({"evaluation": {"wire": {"formats": ["int3"]}}}, "latentwire.evaluation.wire.formats"),
         ({"defaults": {"latent": {"length": 0}}}, "latentwire.defaults.latent.length"),
         ({"evaluation": {"condition": "latnt"}}, "did you mean 'latent'?"),
-<<<<<<< HEAD
-        (
-            {"pair_settings": {"tiny_pair": {"models": ["tiny", "tinny"]}}},
-            "unknown model 'tinny': did you mean 'tiny'?",
-        ),
-=======
         ({"pair_settings": {"tiny_pair": {"models": ["tiny", "tinny"]}}}, "unknown model 'tinny': did you mean"),
->>>>>>> wire
     ],
 )
 def test_a_wrong_setting_is_refused_while_the_dag_is_built(project: Workflow, change: dict, message: str) -> None:
