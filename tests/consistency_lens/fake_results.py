@@ -157,7 +157,7 @@ def fake_lens(
         }
         row = {"step": step, **{name: value * random.normal(1, 0.05) for name, value in terms.items()}}
         row |= {"loss": row["reconstruction_kl"] + row["resample_kl"], "temperature": 0.1 + 0.9 * fall}
-        row |= {"alpha": min(0.1, 0.01 * step), "learning_rate": 1e-3, "units": 16}
+        row |= {"alpha": min(0.1, 0.01 * step), "noise": 1.0, "learning_rate": 1e-3, "units": 16}
         for part in ("decoder.projection", "decoder.prompt", "encoder.projection"):
             row[f"learning_rate/{part}"] = 1e-3 * min(1, step / 10)
         row["learning_rate/decoder.base"] = 1e-4 * max(0.0, (step - 20) / 20)

@@ -80,7 +80,7 @@ def test_scores_are_those_of_a_full_pass_with_the_activation_replaced(artefacts:
         example = cached[index]
         activation = example.activation
         assert activation is not None
-        text = lens.explain(activation[None], gumbel_noise=False).token_ids
+        text = lens.explain(activation[None], gumbel_noise=0.0).token_ids
         values = {"lens": lens.reconstruct_tokens(text)[0], "mean": mean, "zero": torch.zeros_like(mean)}
         true = plain_logits(model, example.token_ids, example.position, activation).log_softmax(-1)
         for variant, value in values.items():

@@ -47,7 +47,7 @@ def explanations(lens: Lens, activations: Tensor, batch_size: int, sample_seed: 
     for number, batch in enumerate(activations.split(batch_size)):
         if sample_seed is not None:
             torch.manual_seed(derived_seed(sample_seed, number))
-        texts.append(lens.explain(batch.to(device), gumbel_noise=sample_seed is not None).token_ids.cpu())
+        texts.append(lens.explain(batch.to(device), gumbel_noise=0.0 if sample_seed is None else 1.0).token_ids.cpu())
     return torch.cat(texts)
 
 

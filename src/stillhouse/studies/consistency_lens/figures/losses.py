@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from matplotlib.axes import Axes
+from matplotlib.ticker import ScalarFormatter
 
 from stillhouse.reporting.style import condition_style, draw_frame, figure, save_figure
 from stillhouse.runtime.commands import run_step
@@ -35,6 +36,8 @@ def main(step: CurvesStep) -> None:
             # The two errors of a reconstruction fall by orders of magnitude.
             if term == "mse":
                 axes.set_yscale("log")
+                axes.yaxis.set_major_formatter(ScalarFormatter())
+                axes.yaxis.set_minor_formatter(ScalarFormatter())
             axes.tick_params(labelbottom=True)
         for axes in grid[-COLUMNS:]:
             axes.set_xlabel("Training step (updates)")
@@ -89,8 +92,9 @@ def message(curves: Sequence[Curves]) -> str:
         logged = one.column("reconstruction_kl").mean(axis=1)
         size = max(1, len(logged) // 10)
         first, last = logged.iloc[:size].mean(), logged.iloc[-size:].mean()
-        parts.append(f"{named(one, curves)} from {first:.2f} to {last:.2f}")
-    return f"KL of the reconstruction over training, in nats: {'; '.join(parts)}"
+        name = f"{named(one, curves)} " if len(curves) > 1 else ""
+        parts.append(f"{name}from {first:.2f} to {last:.2f} nats")
+    return f"KL of the reconstruction over training: {'; '.join(parts)}"
 
 
 if __name__ == "__main__":

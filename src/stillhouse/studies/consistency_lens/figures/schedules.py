@@ -11,15 +11,19 @@ from stillhouse.runtime.commands import run_step
 from stillhouse.studies.consistency_lens.figures.curves import Curves, CurvesStep, named, read_curves
 
 RATE = "learning_rate"
-SHARED = {"temperature": "Gumbel temperature", "alpha": "alpha (weight of the LM term)"}
-COLUMNS = 3
+SHARED = {
+    "temperature": "Gumbel temperature",
+    "noise": "Factor of the Gumbel noise",
+    "alpha": "alpha (weight of the LM term)",
+}
+COLUMNS = 2
 
 
 def main(step: CurvesStep) -> None:
     """Draw temperature and alpha with one line a condition, and each condition's learning rates by part."""
     curves = read_curves(step.lenses)
-    rows = -(-(2 + len(curves)) // COLUMNS)
-    with figure(11, 1.2 + 2.4 * rows) as drawing:
+    rows = -(-(len(SHARED) + len(curves)) // COLUMNS)
+    with figure(9, 1.2 + 2.4 * rows) as drawing:
         grid = drawing.subplots(rows, COLUMNS, squeeze=False).ravel()
         for axes, (name, label) in zip(grid, SHARED.items(), strict=False):
             draw_shared(axes, curves, name)
@@ -74,9 +78,9 @@ def message(curves: Sequence[Curves]) -> str:
     """Where the schedules end."""
     parts = []
     for one in curves:
-        temperature, alpha = (one.column(name).iloc[-1, 0] for name in SHARED)
+        temperature, noise, alpha = (one.column(name).iloc[-1, 0] for name in SHARED)
         name = f"{named(one, curves)} " if len(curves) > 1 else ""
-        parts.append(f"{name}at temperature {temperature:.2g} and alpha {alpha:.2g}")
+        parts.append(f"{name}at temperature {temperature:.2g}, noise {noise:.2g} and alpha {alpha:.2g}")
     return f"Training ends {'; '.join(parts)}"
 
 
