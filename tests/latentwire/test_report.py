@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from stillhouse.runtime.commands import parse_settings
-from stillhouse.studies.latentwire.comparisons import load_evaluations, same_bytes
+from stillhouse.studies.latentwire.comparisons import GOLD_NLL, load_evaluations, same_bytes
 from stillhouse.studies.latentwire.report import FIGURES, ReportStep, main
 from tests.latentwire.fake_results import READERS, fake_evaluation
 
@@ -39,6 +39,8 @@ def test_the_section_says_plainly_whether_the_latent_beats_its_bytes(tmp_path: P
     (evaluation,) = load_evaluations([results])
     comparison = same_bytes(evaluation, READERS[0])
     assert comparison and f"F1 {100 * comparison.difference:.1f} [" in section
+    nll = same_bytes(evaluation, READERS[1], GOLD_NLL)
+    assert nll and f"Its gold NLL differs by {nll.difference:.3f} [" in section
 
 
 def test_a_wire_file_that_is_longer_than_its_text_is_called_no_compression(tmp_path: Path) -> None:

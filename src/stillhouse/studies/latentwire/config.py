@@ -525,7 +525,7 @@ EMBEDDED: Overrides = {
         # Each example's full text goes through both teachers once.
         "train_examples": 48,
         "diagnostics_every": 12,
-        # Measured: four examples at a time reach a lower gold NLL in the same seconds than eight.
+        # Small batches: more updates in the same seconds.
         "training": {
             "steps": 48,
             "batch_size": 4,

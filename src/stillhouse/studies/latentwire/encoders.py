@@ -113,7 +113,9 @@ class ByteEncoder(TextEncoder):
     def __init__(self, settings: EncoderSettings, latent: LatentSettings) -> None:
         super().__init__(settings)
         width = settings.width
-        self.embedding = nn.Embedding(BYTE_PADDING + 1, width, padding_idx=BYTE_PADDING)
+        self.embedding = nn.Embedding(BYTE_PADDING + 1, width)
+        # Scaled by sqrt(width) below, bytes and positions then weigh the same, and neither drowns what layers add.
+        nn.init.normal_(self.embedding.weight, std=width**-0.5)
         layer = nn.TransformerEncoderLayer(
             width, settings.heads, 4 * width, settings.dropout, activation="gelu", batch_first=True, norm_first=True
         )

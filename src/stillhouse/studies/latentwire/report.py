@@ -300,6 +300,10 @@ def finding(evaluation: Evaluation, reader: str) -> str:
     if comparison is None:
         return f"{size}. The compressed text was not run, so the latent is not compared with its bytes."
     sentences = [f"{size}. The latent {VERDICTS[comparison.verdict]}: {difference(comparison)}."]
+    if nll := same_bytes(evaluation, reader, GOLD_NLL):
+        sentences.append(
+            f"Its gold NLL differs by {format_estimate(nll.estimate, 3)} nats per token (lower is better)."
+        )
     if latent.bytes and latent.bytes >= first.text_bytes:
         sentences.append("It is no compression at all: the text itself takes fewer bytes.")
     arms = {one.arm: one for one in arm_entries(evaluation, reader)}
