@@ -90,8 +90,8 @@ KNOWN_CONDITIONS = {
     "random_k": ConditionStyle(YELLOW, "*"),
     "question_only_shots": ConditionStyle(PURPLE, "h"),
     "wrong_exemplars": ConditionStyle(ORANGE, "p"),
-    "lens": ConditionStyle(VERMILLION, "D"),
-    "no_resample": ConditionStyle(BLUE, "^"),
+    "lens": ConditionStyle(VERMILLION, "s"),
+    "no_resample": ConditionStyle(BLUE, "P"),
     "mse_only": ConditionStyle(GREEN, "s"),
     "unfrozen": ConditionStyle(PURPLE, "v"),
 }

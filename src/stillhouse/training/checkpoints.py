@@ -122,11 +122,11 @@ def save_weights(
     model: nn.Module,
     dtype: torch.dtype,
     tokenizer: PreTrainedTokenizerBase | None,
-    parameters: Mapping[str, nn.Parameter],
+    parameters: Mapping[str, nn.Parameter] | None = None,
 ) -> None:
     """Write `checkpoint-<step>/`: an adapter, a transformers model in `dtype`, or what a module has learnt.
 
-    The last is the trained `parameters`, also those that are frozen at this step, and the buffers of its state. Every
+    The last is the module's `trained_tensors` and those of the run's `parameters` that are frozen at this step. Every
     process calls this, the main one writes.
     """
     weights = gathered(model.state_dict()) if isinstance(model, PreTrainedModel) else {}
@@ -145,9 +145,8 @@ def save_weights(
             if tokenizer is not None:
                 tokenizer.save_pretrained(staging)
         else:
-            state = model.state_dict()
-            buffers = {name: tensor for name, tensor in model.named_buffers() if name in state}
-            plain = {name: tensor.detach().contiguous() for name, tensor in {**parameters, **buffers}.items()}
+            learnt = trained_tensors(model) | dict(parameters or {})
+            plain = {name: tensor.detach().contiguous() for name, tensor in learnt.items()}
             save_file(plain, staging / "model.safetensors")
         write_manifest(staging)
         _flush_to_disk(staging)
