@@ -9,7 +9,7 @@ import difflib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from stillhouse.config.training import LoraSettings, Precision, TrainingSettings
 from stillhouse.models.loading import check_safetensors, check_weights, load_model
 from stillhouse.runtime.errors import UserError
+from stillhouse.runtime.files import read_json, write_json
 from stillhouse.runtime.seeds import derived_seed
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -115,6 +116,14 @@ def adapter_disabled(model: nn.Module) -> Iterator[nn.Module]:
             module.training = mode
         for parameter, required in trained.items():
             parameter.requires_grad_(required)
+
+
+def sort_target_modules(path: Path) -> None:
+    """Order what peft writes to an adapter's configuration as a set, in any order: equal runs leave equal files."""
+    configuration: dict[str, Any] = read_json(path)
+    if isinstance(targets := configuration["target_modules"], list):
+        configuration["target_modules"] = sorted(targets)
+    write_json(path, configuration)
 
 
 def _check_target_modules(model: nn.Module, targets: tuple[str, ...]) -> None:

@@ -79,7 +79,7 @@ def encode_prefix(model: nn.Module, prefix_ids: Sequence[int]) -> PrefixState | 
         return None
     cache = DynamicCache(config=model.config)
     input_ids = torch.tensor([list(prefix_ids)], device=_device(model))
-    with _lm_head_input(model, torch.empty(0, dtype=torch.long, device=input_ids.device)):
+    with lm_head_rows(model, torch.empty(0, dtype=torch.long, device=input_ids.device)):
         model(input_ids=input_ids, past_key_values=cache, use_cache=True)
     if any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers):
         kinds = sorted({type(layer).__name__ for layer in cache.layers})
@@ -176,7 +176,7 @@ def _forward_rows(
     for row, suffix in enumerate(suffixes):
         input_ids[row, : len(suffix)] = torch.tensor(suffix)
     position_ids = torch.arange(offset, offset + longest, device=device).expand(len(suffixes), -1)
-    with _lm_head_input(model, rows.to(device), stop_before_lm_head) as captured:
+    with lm_head_rows(model, rows.to(device), stop_before_lm_head) as captured:
         output = model(
             input_ids=input_ids.to(device),
             position_ids=position_ids,
@@ -187,7 +187,7 @@ def _forward_rows(
 
 
 @contextmanager
-def _lm_head_input(model: nn.Module, rows: Tensor, stop_before_lm_head: bool = False) -> Iterator[list[Tensor]]:
+def lm_head_rows(model: nn.Module, rows: Tensor, stop_before_lm_head: bool = False) -> Iterator[list[Tensor]]:
     """Let only `rows` of the flattened [batch * columns, hidden] grid, or none, into the lm_head.
 
     A hook on its input instead of `logits_to_keep`: rows may differ between sequences, and whatever a model does

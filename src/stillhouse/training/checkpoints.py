@@ -16,7 +16,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftModel
@@ -25,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from stillhouse.models.lora import ADAPTER_CONFIG
+from stillhouse.models.lora import ADAPTER_CONFIG, sort_target_modules
 from stillhouse.runtime.errors import UserError
 from stillhouse.runtime.files import read_json, staged_directory, verify_manifest, write_json, write_manifest
 from stillhouse.runtime.logs import logger
@@ -137,7 +136,7 @@ def save_weights(
             # "auto" would ask the hub whether the vocabulary was resized; Stillhouse never resizes it.
             model.save_pretrained(str(staging), safe_serialization=True, save_embedding_layers=False)
             (staging / "README.md").unlink(missing_ok=True)
-            _sort_target_modules(staging / ADAPTER_CONFIG)
+            sort_target_modules(staging / ADAPTER_CONFIG)
         elif isinstance(model, PreTrainedModel):
             model.save_pretrained(staging, state_dict=_cast(weights, dtype))
             configuration = read_json(staging / "config.json")
@@ -196,14 +195,6 @@ def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor
     """The same tensors in `dtype`; tied ones stay one tensor, so that they are written once."""
     cast = {tensor.data_ptr(): tensor.to(dtype) for tensor in tensors.values() if tensor.is_floating_point()}
     return {name: cast.get(tensor.data_ptr(), tensor) for name, tensor in tensors.items()}
-
-
-def _sort_target_modules(path: Path) -> None:
-    """Order what peft writes as a set, in any order: equal runs must leave equal files."""
-    configuration: dict[str, Any] = read_json(path)
-    if isinstance(targets := configuration["target_modules"], list):
-        configuration["target_modules"] = sorted(targets)
-    write_json(path, configuration)
 
 
 def _flush_to_disk(directory: Path) -> None:

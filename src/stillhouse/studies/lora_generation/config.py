@@ -1,4 +1,4 @@
-"""The configuration of LoRA generation: tasks and their teacher adapters, generators as overrides of one set of settings.
+"""The configuration of LoRA generation: tasks with their teacher adapters, and generators as overrides of one set.
 
 A generator's settings are the study's `defaults`, then the model's, the condition's and the sweep point's overrides,
 merged in that order. Which tasks a generator never sees is a setting of its run, so that leaving each task out in turn
@@ -53,7 +53,8 @@ class TeacherSettings(StrictModel):
     shards: Annotated[int, Field(ge=2, description="Disjoint parts of a task's train split.")] = 16
     shard_examples: Annotated[int, Field(ge=1, description="Examples of one shard.")] = 128
     validation_shards: Annotated[
-        int, Field(ge=0, description="Shards, before the held-out ones, whose adapters choose a generator's checkpoint.")
+        int,
+        Field(ge=0, description="Shards, before the held-out ones, whose adapters choose a generator's checkpoint."),
     ] = 1
     held_out_shards: Annotated[int, Field(ge=1, description="Last shards, which no generator learns from.")] = 2
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (42,)
@@ -66,7 +67,9 @@ class TeacherSettings(StrictModel):
     ] = "answer"
     shared_start: Annotated[
         bool,
-        Field(description="Every adapter starts at the same A, so that weights of adapters can be compared and averaged."),
+        Field(
+            description="Every adapter starts at the same A, so that weights of adapters can be compared and averaged."
+        ),
     ] = True
     at_once: Annotated[
         int, Field(ge=1, description="Adapters trained in one process over one base; changes speed, not results.")
@@ -94,11 +97,13 @@ class TeacherSettings(StrictModel):
         """Refuse shards of which none is left to learn from, prompts that a shard lacks, and full fine-tuning."""
         if self.training_shards < 1:
             raise ValueError(
-                f"{self.shards} shards less {self.validation_shards} for validation and {self.held_out_shards} held out "
-                "leave none to learn from: raise shards"
+                f"{self.shards} shards less {self.validation_shards} for validation and {self.held_out_shards} held "
+                "out leave none to learn from: raise shards"
             )
         if self.prompts > self.shard_examples:
-            raise SettingError(("prompts",), f"a shard has {self.shard_examples} examples, not {self.prompts}: lower it")
+            raise SettingError(
+                ("prompts",), f"a shard has {self.shard_examples} examples, not {self.prompts}: lower it"
+            )
         if self.training.method != "lora":
             raise SettingError(("training", "method"), "teachers are LoRA adapters: leave it at lora")
         return self
@@ -142,7 +147,9 @@ class TextSettings(StrictModel):
         Literal["sentence", "tokens"],
         Field(description="One mean-pooled vector per prompt, or the states of its first `length` tokens."),
     ] = "sentence"
-    length: Annotated[int, Field(ge=1, description="Tokens per prompt of states tokens; shorter prompts get zeros.")] = 64
+    length: Annotated[
+        int, Field(ge=1, description="Tokens per prompt of states tokens; shorter prompts get zeros.")
+    ] = 64
     batch_size: Annotated[int, Field(ge=1)] = 64
 
     @property
@@ -171,7 +178,9 @@ class GeneratorSettings(StrictModel):
 
     kind: Annotated[
         Literal["compact", "hyper_convolution"],
-        Field(description="A decoder per layer and matrix with shared heads, or Drag-and-Drop's cascade of convolutions."),
+        Field(
+            description="A decoder per layer and matrix with shared heads, or Drag-and-Drop's cascade of convolutions."
+        ),
     ] = "compact"
     prompts: Annotated[
         int, Field(ge=1, description="Prompts read for one adapter; drawn anew in each update, the first ones later.")
@@ -179,7 +188,8 @@ class GeneratorSettings(StrictModel):
     width: Annotated[int, Field(ge=1, description="Of the compact decoder.")] = 256
     layers: Annotated[int, Field(ge=1, description="Residual blocks of the compact decoder.")] = 2
     stages: Annotated[
-        tuple[Stage, ...], Field(description="Blocks of the cascade between prompts and the token grid; hyper_convolution.")
+        tuple[Stage, ...],
+        Field(description="Blocks of the cascade between prompts and the token grid; hyper_convolution."),
     ] = (
         Stage(tokens=256, rows=32, columns=192),
         Stage(tokens=1024, rows=16, columns=160),
@@ -187,7 +197,9 @@ class GeneratorSettings(StrictModel):
     kernel: Annotated[int, Field(ge=1, description="Of the cascade's convolutions; odd.")] = 5
     start: Annotated[
         Literal["mean", "zero"],
-        Field(description="What a generated adapter is a deviation from: the mean of the training adapters, or nothing."),
+        Field(
+            description="What a generated adapter is a deviation from: the mean of the training adapters, or nothing."
+        ),
     ] = "mean"
 
     @model_validator(mode="after")
@@ -262,9 +274,7 @@ class RunSettings(StrictModel):
         unread = TrainingSettings()
         for name in ("method", "lora", "packing"):
             if getattr(self.training, name) != getattr(unread, name):
-                raise SettingError(
-                    ("training", name), "is not read here: teachers.training has the adapters' settings"
-                )
+                raise SettingError(("training", name), "is not read here: teachers.training has the adapters' settings")
         return self
 
 
