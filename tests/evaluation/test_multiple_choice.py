@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -206,7 +207,7 @@ def test_shared_stems_examples_and_batches_change_no_log_likelihood(
 
 
 def test_a_model_with_a_sliding_window_is_scored_sequence_by_sequence(tiny: tuple[Any, Any]) -> None:
-    model, tokenizer = tiny
+    model, _ = tiny
     rows = [Branches(((5, 6, 7, 8), (5, 6, 9, 10, 11)), (3, 3)), Branches(((7, 8), (7, 9, 4)), (1, 1))]
     prefix = encode_prefix(model, [20, 21, 22])
     with torch.no_grad():
@@ -217,7 +218,7 @@ def test_a_model_with_a_sliding_window_is_scored_sequence_by_sequence(tiny: tupl
             plain = branch_logits(model, rows, prefix)
         finally:
             model.config.sliding_window = None
-    for one, other in zip(sum(shared, []), sum(plain, []), strict=True):
+    for one, other in zip(chain(*shared), chain(*plain), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
@@ -231,7 +232,7 @@ def test_equal_choices_count_for_the_first_and_length_decides_the_normalised_sco
 def test_items_that_cannot_be_scored_are_named(tiny: tuple[Any, Any]) -> None:
     model, tokenizer = tiny
     long = ChoiceItem("long-7", ("many coins " * 2000,) * 2, (" a", " b"), (1, 1), 0)
-    with pytest.raises(UserError, match="long-7: has .* the model reads 2048"):
+    with pytest.raises(UserError, match=r"long-7: has .* the model reads 2048"):
         score_choices(model, tokenizer, [long], batch_tokens=100)
     empty = ChoiceItem("empty-3", ("coins",) * 2, ("", " b"), (1, 1), 0)
     with pytest.raises(UserError, match="empty-3: a choice without a token"):

@@ -94,7 +94,7 @@ def takes_own_masks(model: PreTrainedModel) -> bool:
 
 @dataclass(frozen=True)
 class _Layout:
-    """One row: ids, positions and branch number (0: the stem) of each column; the wanted columns, branch after branch."""
+    """One row: each column's id, position and branch (0: the stem); the wanted columns, branch after branch."""
 
     ids: list[int]
     positions: list[int]
