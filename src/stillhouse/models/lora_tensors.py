@@ -190,7 +190,7 @@ def model_layout(model: nn.Module, targets: Sequence[str], rank: int, alpha: flo
 
 
 def check_fits(layout: LoraLayout, model: nn.Module, source: Path | str) -> None:
-    """Raise `UserError`, naming `source`, unless the layout has all of the model's modules of its targets, and no others."""
+    """Raise `UserError`, naming `source`, unless the layout has just the model's modules of its targets."""
     own = model_layout(model, layout.targets, layout.rank, layout.alpha)
     check_same_layout(layout, own, source, f"this {type(model).__name__}")
 
@@ -238,7 +238,8 @@ def mean_adapter(adapters: Sequence[AdapterTensors]) -> AdapterTensors:
 
 def adapter_digest(adapter: AdapterTensors) -> str:
     """Sha256 of a single adapter's layout and fp32 values: the key of what is computed from it."""
-    hasher = hashlib.sha256(json.dumps(asdict(adapter.layout), sort_keys=True).encode())
+    layout = asdict(adapter.layout) | {"alpha": float(adapter.layout.alpha)}
+    hasher = hashlib.sha256(json.dumps(layout, sort_keys=True).encode())
     for module in adapter.layout.modules:
         for tensor in (adapter.a[module.name], adapter.b[module.name]):
             hasher.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())

@@ -47,16 +47,48 @@ class TaskSettings(DataSettings):
     domain: Annotated[Domain, Field(description="Domain of its texts, for probes of kind domain.")] = "science"
 
 
-class TeacherSettings(StrictModel):
-    """The teacher adapters: every task x shard x seed, or consecutive checkpoints of each such run."""
+class ShardSettings(StrictModel):
+    """Shards of each task's train split, and what the adapters of each are to a generator."""
 
     shards: Annotated[int, Field(ge=2, description="Disjoint parts of a task's train split.")] = 16
-    shard_examples: Annotated[int, Field(ge=1, description="Examples of one shard.")] = 128
     validation_shards: Annotated[
         int,
         Field(ge=0, description="Shards, before the held-out ones, whose adapters choose a generator's checkpoint."),
     ] = 1
     held_out_shards: Annotated[int, Field(ge=1, description="Last shards, which no generator learns from.")] = 2
+    flagged: Annotated[
+        Literal["exclude", "use"],
+        Field(description="Adapters that are not better than the base on their own task: leave them out, or use them."),
+    ] = "exclude"
+
+    @model_validator(mode="after")
+    def some_are_left_to_learn_from(self) -> ShardSettings:
+        """Refuse shards of which none is left to learn from."""
+        if self.training_shards < 1:
+            raise ValueError(
+                f"{self.shards} shards less {self.validation_shards} for validation and {self.held_out_shards} held "
+                "out leave none to learn from: raise shards"
+            )
+        return self
+
+    @property
+    def training_shards(self) -> int:
+        """Shards whose adapters generators learn from."""
+        return self.shards - self.validation_shards - self.held_out_shards
+
+    def role(self, task: str, shard: int, held_out_tasks: tuple[str, ...]) -> Role:
+        """What the adapters of a task's shard are to a generator that never sees `held_out_tasks`."""
+        if task in held_out_tasks:
+            return "held_out_task"
+        if shard >= self.shards - self.held_out_shards:
+            return "held_out_shard"
+        return "train" if shard < self.training_shards else "validation"
+
+
+class TeacherSettings(ShardSettings):
+    """The teacher adapters: every task x shard x seed, or consecutive checkpoints of each such run."""
+
+    shard_examples: Annotated[int, Field(ge=1, description="Examples of one shard.")] = 128
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (42,)
     collection: Annotated[
         Literal["runs", "checkpoints"],
@@ -78,10 +110,6 @@ class TeacherSettings(StrictModel):
     scored_items: Annotated[
         int | None, Field(ge=1, description="Validation items of the accuracy before and after; null: all.")
     ] = None
-    flagged: Annotated[
-        Literal["exclude", "use"],
-        Field(description="Adapters that are not better than the base on their own task: leave them out, or use them."),
-    ] = "exclude"
     training: TrainingSettings = TrainingSettings(
         steps=500,
         batch_size=8,
@@ -94,12 +122,7 @@ class TeacherSettings(StrictModel):
 
     @model_validator(mode="after")
     def settings_fit_each_other(self) -> TeacherSettings:
-        """Refuse shards of which none is left to learn from, prompts that a shard lacks, and full fine-tuning."""
-        if self.training_shards < 1:
-            raise ValueError(
-                f"{self.shards} shards less {self.validation_shards} for validation and {self.held_out_shards} held "
-                "out leave none to learn from: raise shards"
-            )
+        """Refuse prompts that a shard lacks, and full fine-tuning."""
         if self.prompts > self.shard_examples:
             raise SettingError(
                 ("prompts",), f"a shard has {self.shard_examples} examples, not {self.prompts}: lower it"
@@ -107,11 +130,6 @@ class TeacherSettings(StrictModel):
         if self.training.method != "lora":
             raise SettingError(("training", "method"), "teachers are LoRA adapters: leave it at lora")
         return self
-
-    @property
-    def training_shards(self) -> int:
-        """Shards whose adapters generators learn from."""
-        return self.shards - self.validation_shards - self.held_out_shards
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -428,19 +446,6 @@ class LoraGenerationConfig(StrictModel, ConditionRuns[RunSettings]):
             for seed in self.teachers.seeds
             for step in self.teachers.steps
         ]
-
-    def role(self, teacher: Teacher, held_out_tasks: tuple[str, ...]) -> Role:
-        """What a teacher is to a generator that never sees `held_out_tasks`."""
-        return role(self.teachers, teacher.task, teacher.shard, held_out_tasks)
-
-
-def role(teachers: TeacherSettings, task: str, shard: int, held_out_tasks: tuple[str, ...]) -> Role:
-    """What the adapters of a task's shard are to a generator: to learn from, to choose by, or to be tested on."""
-    if task in held_out_tasks:
-        return "held_out_task"
-    if shard >= teachers.shards - teachers.held_out_shards:
-        return "held_out_shard"
-    return "train" if shard < teachers.training_shards else "validation"
 
 
 def _small(domain: Domain, dataset: str) -> Overrides:
