@@ -105,13 +105,15 @@ def train(
     tracking: TrackingSettings | None = None,
     run_name: str = "training",
     validate: Validation | None = None,
+    clip_apart: bool = False,
 ) -> TrainingResult:
     """Train the parameters of `model` that require a gradient, from the newest valid state of `work_dir`.
 
     `work_dir` keeps what a killed run needs to continue; `output_dir` gets `checkpoint-<step>/` for each of
     `settings.saved_steps`, `metrics.jsonl` and `tensorboard/` at the end. `tokenizer` goes with full
     checkpoints; `groups` replaces the groups that `settings.learning_rate_multipliers` describes. `validate` gives
-    metrics of the model at each saved step, on the main process; they join that step's row.
+    metrics of the model at each saved step, on the main process; they join that step's row. `clip_apart` bounds the
+    gradient of each group by itself: groups that have nothing in common train as if each were alone.
 
     Raises `UserError` for what the user can mend (missing tracker, one example that does not fit in memory, a
     loss that is not finite) and `TrainingInterrupted` after SIGTERM.
@@ -129,7 +131,7 @@ def train(
         raise UserError(f"training.batch_size ({settings.batch_size}) is below {accelerator.num_processes} processes")
     if len(data) == 0:
         raise UserError("there are no training examples: check the data split and train_examples")
-    trainer = Trainer(model, objective, data, settings, accelerator, seed, work_dir, groups)
+    trainer = Trainer(model, objective, data, settings, accelerator, seed, work_dir, groups, clip_apart)
     completed = trainer.resume()
     configuration = {**settings.model_dump(mode="json"), "seed": seed}
     watch = Tracking(accelerator, tracking, work_dir, run_name, configuration, completed)
@@ -159,6 +161,7 @@ class Trainer:
         seed: int,
         work_dir: Path,
         groups: Sequence[ParameterGroup] | None,
+        clip_apart: bool = False,
     ) -> None:
         self.objective, self.data, self.settings = objective, data, settings
         self.accelerator, self.seed, self.work_dir = accelerator, seed, work_dir
@@ -179,6 +182,7 @@ class Trainer:
             shard(model, self.device, keep_weights_gathered=settings.sharding == "zero2")
         groups = groups or parameter_groups(model, settings.learning_rate_multipliers)
         self.parameters = trained_parameters(groups)
+        self.clipped = [trained_parameters([group]) for group in groups] if clip_apart else [self.parameters]
         self.optimizer = build_optimizer(groups, settings.learning_rate, settings.weight_decay, self.device)
         self.progress = Progress(micro_batch_tokens=settings.micro_batch_tokens)
 
@@ -264,7 +268,7 @@ class Trainer:
             assert parameter.grad is not None
             # FSDP leaves the mean over processes where `sum_gradients` leaves the sum.
             parameter.grad /= count / self.accelerator.num_processes if self.sharded else count
-        norm = scalar(nn.utils.clip_grad_norm_(learning, self.settings.max_gradient_norm))
+        norm = self._clip_gradients()
         if not math.isfinite(norm):
             raise UserError(
                 f"step {step}: the gradient is not finite (loss {sums['loss'] / count}): lower learning_rate "
@@ -287,6 +291,14 @@ class Trainer:
             "memory_mib": self.progress.peak_memory_mib,
             "eta_seconds": mean_seconds * (self.settings.steps - step),
         }, stopped
+
+    def _clip_gradients(self) -> float:
+        """Bound the norm of the gradient, of all parameters or group by group; returns the largest norm before."""
+        norms = []
+        for members in self.clipped:
+            learning = [parameter for parameter in members.values() if parameter.requires_grad]
+            norms.append(scalar(nn.utils.clip_grad_norm_(learning, self.settings.max_gradient_norm)))
+        return max(norms, key=lambda norm: (not math.isfinite(norm), norm))
 
     def result(self, resumed_from: int) -> TrainingResult:
         """The summary of the run so far."""
