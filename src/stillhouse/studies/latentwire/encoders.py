@@ -16,10 +16,10 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import PreTrainedModel
 
-from stillhouse.models.loading import check_weights, frozen, load_tokenizer
 from stillhouse.models.lora import add_lora
+from stillhouse.models.sentence_encoder import load_sentence_encoder
 from stillhouse.runtime.errors import UserError
 from stillhouse.runtime.logs import logger
 from stillhouse.studies.latentwire.config import EncoderSettings, LatentSettings
@@ -140,17 +140,14 @@ class SentenceEncoder(TextEncoder):
 
     def __init__(self, settings: EncoderSettings, latent: LatentSettings, path: Path) -> None:
         super().__init__(settings)
-        check_weights(path)
-        self.tokenizer = load_tokenizer(path)
-        model = AutoModel.from_pretrained(path, use_safetensors=True, local_files_only=True, dtype=torch.float32)
-        self.model = frozen(model)
-        positions = model.config.max_position_embeddings
+        self.model, self.tokenizer = load_sentence_encoder(path)
+        positions = self.model.config.max_position_embeddings
         if settings.max_length > positions:
             raise UserError(
                 f"encoder.max_length ({settings.max_length}) is above the {positions} tokens that the sentence encoder "
                 "takes: lower it"
             )
-        self.projection = nn.Linear(model.config.hidden_size, settings.width)
+        self.projection = nn.Linear(self.model.config.hidden_size, settings.width)
         self.pooling = LatentPooling(settings.width, settings.heads, latent)
 
     def train(self, mode: bool = True) -> Self:

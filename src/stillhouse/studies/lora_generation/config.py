@@ -203,7 +203,7 @@ class GeneratorSettings(StrictModel):
     prompts: Annotated[
         int, Field(ge=1, description="Prompts read for one adapter; drawn anew in each update, the first ones later.")
     ] = 16
-    width: Annotated[int, Field(ge=1, description="Of the compact decoder.")] = 256
+    width: Annotated[int, Field(ge=1, description="Of the compact decoder, and of guidance.")] = 256
     layers: Annotated[int, Field(ge=1, description="Residual blocks of the compact decoder.")] = 2
     stages: Annotated[
         tuple[Stage, ...],
@@ -282,7 +282,7 @@ class RunSettings(StrictModel):
         leaves = self.model_dump(mode="json")
         for unread in ("method", "lora", "packing"):
             del leaves["training"][unread]
-        for unread in ("stages", "kernel") if self.generator.kind == "compact" else ("width", "layers"):
+        for unread in ("stages", "kernel") if self.generator.kind == "compact" else ("layers",):
             del leaves["generator"][unread]
         return leaves
 

@@ -1,35 +1,140 @@
 """Generators: from the embeddings of a handful of prompts to the tensors of an adapter.
 
-Two decoders: `compact`, a residual network per layer and matrix with heads shared over layers, and
-`hyper_convolution`, Drag-and-Drop's cascade of convolutions over the axes of a token grid (arXiv 2506.16406).
+A decoder gives standardised weight tokens as deviations from a start: the mean of the training adapters, or zero. With
+guidance the generator first predicts the delta activation that the prompts ask for, and decodes from both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from stillhouse.models.lora_tensors import AdapterTensors
+from stillhouse.config.base import StrictModel
+from stillhouse.models.loading import check_safetensors, frozen
+from stillhouse.models.lora_tensors import AdapterTensors, LoraLayout
+from stillhouse.models.precision import default_device
+from stillhouse.runtime.errors import UserError
+from stillhouse.runtime.files import read_json, write_json
+from stillhouse.studies.lora_generation.config import GeneratorSettings, TokenSettings
+from stillhouse.studies.lora_generation.decoders import CompactDecoder, HyperConvolutionDecoder
 from stillhouse.studies.lora_generation.text_encoder import PromptEncoder
+from stillhouse.studies.lora_generation.tokens import WeightTokeniser
+
+PLAN_FILE, WEIGHTS = "generator.json", "model.safetensors"
+
+
+class GeneratorPlan(StrictModel):
+    """All that a generator is built from; it stands beside the checkpoints."""
+
+    generator: GeneratorSettings
+    tokens: TokenSettings
+    layout: LoraLayout
+    base_model: str
+    text_key: str
+    vectors: int
+    width: int
+    guide: int | None  # size of the predicted delta activation
+
+
+@dataclass(frozen=True)
+class Generated:
+    """A batch of adapters, and the predicted delta activations [batch, hidden] where the generator is guided."""
+
+    adapter: AdapterTensors
+    delta: Tensor | None = None
 
 
 class Generator(nn.Module):
-    """Prompt embeddings to adapters of one layout."""
+    """Prompt embeddings to adapters of one layout; `fit` before training, `load_generator` afterwards."""
 
-    def forward(self, conditions: Tensor) -> AdapterTensors:
+    def __init__(self, plan: GeneratorPlan) -> None:
+        super().__init__()
+        self.plan = plan
+        self.tokeniser = WeightTokeniser(plan.layout, plan.tokens)
+        self.guide = Guide(plan.width, plan.generator.width, plan.guide) if plan.guide else None
+        self.decoder: nn.Module
+        if plan.generator.kind == "compact":
+            self.decoder = CompactDecoder(plan.generator, self.tokeniser, plan.width)
+        else:
+            shape = (plan.generator.prompts, plan.vectors, plan.width)
+            self.decoder = HyperConvolutionDecoder(plan.generator, self.tokeniser, shape)
+        # Small at first: a generator begins near its start.
+        self.gain = nn.Parameter(torch.tensor(0.1))
+
+    def fit(self, adapters: Iterable[AdapterTensors], deltas: Tensor) -> None:
+        """Take sizes and averages from the training adapters and their delta activations [adapters, hidden]."""
+        self.tokeniser.fit(adapters)
+        if self.guide:
+            self.guide.size.copy_(deltas.square().mean().sqrt())
+
+    def forward(self, conditions: Tensor) -> Generated:
         """A batch of adapters for conditions [batch, prompts, vectors, width]."""
-        raise NotImplementedError
+        delta = None
+        if self.guide:
+            delta, conditions = self.guide(conditions)
+        tokens = self.gain * self.decoder(conditions)
+        if self.plan.generator.start == "mean":
+            tokens = tokens + self.tokeniser.average
+        return Generated(self.tokeniser.decode(tokens), delta)
 
+    @torch.no_grad()
     def generate(self, prompts: Sequence[str], encoder: PromptEncoder) -> AdapterTensors:
-        """One adapter for the prompts (the first that the generator's settings read), without gradients."""
-        raise NotImplementedError
+        """One adapter for the first prompts, as many as the generator reads.
+
+        Raises `UserError` for too few prompts and for another encoder than it was trained with.
+        """
+        wanted = self.plan.generator.prompts
+        if len(prompts) < wanted:
+            raise UserError(f"prompts: {len(prompts)} are given, the generator reads {wanted}: give more")
+        if encoder.key != self.plan.text_key:
+            raise UserError(
+                f"{encoder.path}: is not the text encoder that the generator was trained with: use that one"
+            )
+        conditions = encoder.embed(prompts[:wanted]).to(self.gain.device)
+        adapter: AdapterTensors = self(conditions[None]).adapter[0]
+        return adapter
+
+
+class Guide(nn.Module):
+    """Predicts the delta activation from the conditions, and adds what it says to each of them."""
+
+    size: Tensor
+
+    def __init__(self, width: int, inner: int, hidden: int) -> None:
+        super().__init__()
+        self.predict = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, hidden))
+        self.tell = nn.Linear(hidden, width)
+        self.register_buffer("size", torch.ones(()))
+
+    def forward(self, conditions: Tensor) -> tuple[Tensor, Tensor]:
+        """The predicted delta activations [batch, hidden], and the conditions [batch, prompts, vectors, width] with them."""
+        predicted = self.predict(conditions.mean((1, 2)))
+        return self.size * predicted, conditions + self.tell(predicted)[:, None, None]
+
+
+def write_plan(directory: Path, plan: GeneratorPlan) -> None:
+    """Leave the plan in the directory of the checkpoints."""
+    write_json(directory / PLAN_FILE, plan.model_dump(mode="json"))
 
 
 def load_generator(checkpoint: Path) -> Generator:
-    """A generator from `checkpoint-<step>/`, in evaluation mode; its settings stand beside the checkpoints.
+    """A generator from `checkpoint-<step>/`, in evaluation mode, on the GPU where there is one.
 
-    Raises `UserError` for a directory that holds none or is damaged.
+    Raises `UserError` for a directory that holds none, or is damaged.
     """
-    raise NotImplementedError
+    path = checkpoint.parent / PLAN_FILE
+    weights = checkpoint / WEIGHTS
+    check_safetensors(weights)
+    try:
+        generator = Generator(GeneratorPlan.model_validate(read_json(path)))
+        generator.load_state_dict(load_file(weights))
+    except (ValidationError, RuntimeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"{weights}: does not fit {path} ({reason}): train the generator again") from None
+    return frozen(generator).to(default_device())

@@ -70,6 +70,10 @@ class ProbeSettings(StrictModel):
     at_once: Annotated[
         int, Field(ge=1, description="Adapters in one forward pass; changes speed and memory, not results.")
     ] = 8
+    engine: Annotated[
+        Literal["hooks", "functional_call"],
+        Field(description="How an adapter reaches the model: hooks, or changed weights one adapter at a time; equal."),
+    ] = "hooks"
 
     @model_validator(mode="after")
     def domain_goes_with_its_kind(self) -> ProbeSettings:
