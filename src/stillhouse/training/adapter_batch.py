@@ -64,8 +64,8 @@ class AdapterBatch(nn.Module):
         """All adapters as a batch, differentiable in the parameters."""
         modules = list(enumerate(self.layout.modules))
         return AdapterTensors(
-            {module.name: torch.stack([own[place] for own in self.a]) for place, module in modules},
-            {module.name: torch.stack([own[place] for own in self.b]) for place, module in modules},
+            {module.name: torch.stack([own.get_parameter(str(place)) for own in self.a]) for place, module in modules},
+            {module.name: torch.stack([own.get_parameter(str(place)) for own in self.b]) for place, module in modules},
             self.layout,
         )
 
