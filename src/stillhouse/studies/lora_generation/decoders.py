@@ -55,7 +55,8 @@ class CompactDecoder(nn.Module):
             values = self.heads[kind](states[:, places])
             for number, place in enumerate(places):
                 piece = self.pieces[place]
-                cut[place] = self.cut(values[:, number].unflatten(-1, (-1, piece.features)), piece)
+                # No NaN here: the generator's gain multiplies it, and would get NaN for a gradient.
+                cut[place] = self.cut(values[:, number].unflatten(-1, (-1, piece.features)), piece, padding=0.0)
         return torch.cat([cut[place] for place in range(len(self.pieces))], dim=1)
 
 

@@ -113,7 +113,7 @@ class Guide(nn.Module):
         self.register_buffer("size", torch.ones(()))
 
     def forward(self, conditions: Tensor) -> tuple[Tensor, Tensor]:
-        """The predicted delta activations [batch, hidden], and the conditions [batch, prompts, vectors, width] with them."""
+        """The predicted delta activations [batch, hidden], and the conditions with them, of the shape they had."""
         predicted = self.predict(conditions.mean((1, 2)))
         return self.size * predicted, conditions + self.tell(predicted)[:, None, None]
 

@@ -44,7 +44,7 @@ class PromptEncoder:
         return int(read_json(self.path / "config.json")["hidden_size"])
 
     def embed(self, prompts: Sequence[str]) -> Tensor:
-        """Conditions [prompts, vectors, width] in fp32 on the CPU; prompts are cut at the encoder's limit, and counted."""
+        """Conditions [prompts, vectors, width] fp32 on the CPU; prompts are cut at the encoder's limit, and counted."""
         file = self.cache / f"{digest(list(prompts))}.npy"
         if not file.is_file():
             parts = [self._embed(prompts[i : i + self.settings.batch_size]) for i in self._starts(len(prompts))]
