@@ -180,14 +180,14 @@ class Teacher:
     step: int
 
     @property
-    def run(self) -> str:
-        """The training run that leaves it; a name for paths below the task."""
-        return f"shard_{self.shard}-seed_{self.seed}"
+    def folder(self) -> str:
+        """Its folder below those of its task."""
+        return f"shard_{self.shard}-seed_{self.seed}/step_{self.step}"
 
     @property
     def name(self) -> str:
-        """Its name in manifests, caches and reports, and its folder below `teachers/`."""
-        return f"{self.task}/{self.run}/step_{self.step}"
+        """Its name in manifests, caches and reports, and its folder in the collection."""
+        return f"{self.task}/{self.folder}"
 
 
 class TextSettings(StrictModel):
