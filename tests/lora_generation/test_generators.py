@@ -54,7 +54,7 @@ def conditions(batch: int, vectors: int = 2) -> torch.Tensor:
 def made(wanted: GeneratorPlan, adapters: list[AdapterTensors], seed: int = 0) -> Generator:
     torch.manual_seed(seed)
     generator = Generator(wanted)
-    generator.fit(adapters, torch.ones(len(adapters), 4))
+    generator.fit(adapters, torch.ones(len(adapters), 4), conditions(2, wanted.vectors))
     return generator
 
 

@@ -1,8 +1,8 @@
 """The two decoders: from prompt embeddings [batch, prompts, vectors, width] to standardised weight tokens.
 
 Both give tokens [batch, tokens, rows, columns] whose every value depends on parameters of its own in the last layer: no
-pattern is repeated over a matrix, so that any one adapter can be met exactly. What stands in place of padding is
-arbitrary.
+pattern is repeated over a matrix, so that any one adapter can be met exactly. What stands in place of padding means
+nothing.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ class CompactDecoder(nn.Module):
         self.heads = nn.ModuleDict(
             {kind: nn.Linear(width, rank * self.pieces[places[0]].features) for kind, places in self.places.items()}
         )
+        _begin_small(self.heads)
 
     def forward(self, conditions: Tensor) -> Tensor:
         """Tokens [batch, tokens, rows, columns]."""
@@ -55,8 +56,7 @@ class CompactDecoder(nn.Module):
             values = self.heads[kind](states[:, places])
             for number, place in enumerate(places):
                 piece = self.pieces[place]
-                # No NaN here: the generator's gain multiplies it, and would get NaN for a gradient.
-                cut[place] = self.cut(values[:, number].unflatten(-1, (-1, piece.features)), piece, padding=0.0)
+                cut[place] = self.cut(values[:, number].unflatten(-1, (-1, piece.features)), piece)
         return torch.cat([cut[place] for place in range(len(self.pieces))], dim=1)
 
 
@@ -71,6 +71,7 @@ class HyperConvolutionDecoder(nn.Module):
         shapes = [condition_shape, *((s.tokens, s.rows, s.columns) for s in settings.stages), grid]
         stages = (HyperConvolution(before, after, settings.kernel) for before, after in pairwise(shapes))
         self.stages = nn.Sequential(*stages)
+        _begin_small(self.stages[-1].tokens)
 
     def forward(self, conditions: Tensor) -> Tensor:
         """Tokens [batch, tokens, rows, columns]."""
@@ -108,6 +109,13 @@ def _over(convolution: nn.Module, grid: Tensor, axis: int) -> Tensor:
     """The convolution with `axis` of the grid as its channels."""
     moved: Tensor = convolution(grid.movedim(axis, 1))
     return moved.movedim(1, axis)
+
+
+def _begin_small(last: nn.Module) -> None:
+    """Scale down the last layer: a generator begins near its start."""
+    with torch.no_grad():
+        for parameter in last.parameters():
+            parameter.mul_(0.1)
 
 
 def _kind(piece: Piece) -> str:

@@ -53,6 +53,9 @@ class Generated:
 class Generator(nn.Module):
     """Prompt embeddings to adapters of one layout; `fit` before training, `load_generator` afterwards."""
 
+    condition_mean: Tensor
+    condition_deviation: Tensor
+
     def __init__(self, plan: GeneratorPlan) -> None:
         super().__init__()
         self.plan = plan
@@ -64,21 +67,27 @@ class Generator(nn.Module):
         else:
             shape = (plan.generator.prompts, plan.vectors, plan.width)
             self.decoder = HyperConvolutionDecoder(plan.generator, self.tokeniser, shape)
-        # Small at first: a generator begins near its start.
-        self.gain = nn.Parameter(torch.tensor(0.1))
+        self.register_buffer("condition_mean", torch.zeros(plan.width))
+        self.register_buffer("condition_deviation", torch.ones(plan.width))
 
-    def fit(self, adapters: Iterable[AdapterTensors], deltas: Tensor) -> None:
-        """Take sizes and averages from the training adapters and their delta activations [adapters, hidden]."""
+    def fit(self, adapters: Iterable[AdapterTensors], deltas: Tensor, conditions: Tensor) -> None:
+        """Take means and sizes from the training adapters, their deltas [adapters, hidden] and their conditions.
+
+        conditions: [adapters, prompts, vectors, width]. What all of their prompts have in common says nothing.
+        """
         self.tokeniser.fit(adapters)
+        self.condition_mean.copy_(conditions.mean((0, 1, 2)))
+        self.condition_deviation.copy_(conditions.std((0, 1, 2), correction=0).clamp(min=1e-6))
         if self.guide:
             self.guide.size.copy_(deltas.square().mean().sqrt())
 
     def forward(self, conditions: Tensor) -> Generated:
         """A batch of adapters for conditions [batch, prompts, vectors, width]."""
         delta = None
+        conditions = (conditions - self.condition_mean) / self.condition_deviation
         if self.guide:
             delta, conditions = self.guide(conditions)
-        tokens = self.gain * self.decoder(conditions)
+        tokens: Tensor = self.decoder(conditions)
         if self.plan.generator.start == "mean":
             tokens = tokens + self.tokeniser.average
         return Generated(self.tokeniser.decode(tokens), delta)
@@ -96,7 +105,7 @@ class Generator(nn.Module):
             raise UserError(
                 f"{encoder.path}: is not the text encoder that the generator was trained with: use that one"
             )
-        conditions = encoder.embed(prompts[:wanted]).to(self.gain.device)
+        conditions = encoder.embed(prompts[:wanted]).to(self.condition_mean.device)
         adapter: AdapterTensors = self(conditions[None]).adapter[0]
         return adapter
 

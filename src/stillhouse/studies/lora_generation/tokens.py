@@ -91,14 +91,14 @@ class WeightTokeniser(nn.Module):
         parts = [self.cut(adapter.a[p.module] if p.matrix == "a" else adapter.b[p.module].mT, p) for p in self.pieces]
         return torch.cat(parts, dim=-3)
 
-    def cut(self, matrix: Tensor, piece: Piece, padding: float = math.nan) -> Tensor:
+    def cut(self, matrix: Tensor, piece: Piece) -> Tensor:
         """The blocks [..., blocks, rows, columns] of a matrix [..., rank, features]."""
         rows, columns = self.settings.rows, self.settings.columns
         missing = (
             piece.block_columns * columns - matrix.shape[-1],
             piece.block_rows * rows - matrix.shape[-2],
         )
-        whole = pad(matrix, (0, missing[0], 0, missing[1]), value=padding)
+        whole = pad(matrix, (0, missing[0], 0, missing[1]), value=math.nan)
         return whole.unflatten(-1, (-1, columns)).unflatten(-3, (-1, rows)).transpose(-3, -2).flatten(-4, -3)
 
 

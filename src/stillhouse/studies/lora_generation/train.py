@@ -86,7 +86,7 @@ def main(step: TrainStep) -> None:
             guide=len(deltas.base) if run.losses.guided else None,
         )
         generator = Generator(plan)
-        generator.fit(data.adapters(), data.deltas)
+        generator.fit(data.adapters(), data.deltas, data.conditions)
         objective = GeneratorObjective(run.losses, behaviour, Sizes.of(data), run.generator.prompts, seed)
         validate = None
         if step.shards.validation_shards:
