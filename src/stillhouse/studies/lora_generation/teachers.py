@@ -1,9 +1,8 @@
 """Step program: train the adapters of some shards of one task together, and measure each before and after.
 
 An adapter's folder holds `adapter_model.safetensors` and `adapter_config.json` (peft's), `prompts.json`, the examples
-that stand for it, and `teacher.json`, what it is of and whether it is better than the base on its own task. The same
-program trains on a few prompts alone (`learnt_examples`), which is one of the arms. Resumable state lies in
-`work/<fingerprint>/`.
+that stand for it, and `teacher.json`, what it is of and whether it is better than the base on its own task. Resumable
+state lies in `work/<fingerprint>/`.
 """
 
 from __future__ import annotations
@@ -15,14 +14,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
-import pandas as pd
 from transformers import PreTrainedModel
 
 from stillhouse.config.base import StrictModel
 from stillhouse.config.evaluation import EngineSettings, GenerationSettings
 from stillhouse.config.training import TrackingSettings
-from stillhouse.evaluation.results_files import Interval
-from stillhouse.evaluation.statistics import bootstrap_ratio_interval, wilson_interval
 from stillhouse.models.lora_tensors import write_adapter
 from stillhouse.runtime.commands import run_step
 from stillhouse.runtime.errors import UserError
@@ -34,6 +30,7 @@ from stillhouse.studies.lora_generation.config import Style, Teacher, TeacherTra
 from stillhouse.studies.lora_generation.data import Wording, read_items, shard_of, solved
 from stillhouse.studies.lora_generation.manifest import FACTS_FILE, TeacherFacts
 from stillhouse.studies.lora_generation.prompts import PROMPTS_FILE, SolvedPrompt, write_prompts
+from stillhouse.studies.lora_generation.results import measured
 from stillhouse.studies.lora_generation.scoring import Scorer
 from stillhouse.training.adapter_batch import AdapterBatch, AdapterExamples, AdapterLosses, checkpoint_adapter
 from stillhouse.training.loop import TrainingResult, train
@@ -59,7 +56,6 @@ class TeachersStep(StrictModel):
     first_shard: int
     last_shard: int
     shard_examples: int
-    learnt_examples: int | None = None
     prompts: int
     steps: tuple[int, ...]
     loss_tokens: Literal["answer", "all"]
@@ -92,7 +88,7 @@ def main(step: TeachersStep) -> None:
     with RunRecord(MODULE, step, inputs) as record, staged_directory(step.output) as staging:
         seed_everything(step.seed)
         shards = [shard_of(step.data / "train.jsonl", step.style, n, step.shard_examples) for n in step.shards]
-        examples = [[solved(item) for item in shard[: step.learnt_examples]] for shard in shards]
+        examples = [[solved(item) for item in shard] for shard in shards]
         teachers = [Teacher(step.task, shard, step.seed, trained) for shard in step.shards for trained in step.steps]
         scorer = Scorer(
             step.model,
@@ -171,7 +167,7 @@ def judge(
         }
         facts = TeacherFacts(
             **asdict(teacher),
-            examples=step.learnt_examples or step.shard_examples,
+            examples=step.shard_examples,
             base_digest=data_digest(step.model),
             accuracy_before=accuracy_before,
             accuracy_after=accuracy_after,
@@ -186,13 +182,6 @@ def judge(
         logger.info("%s: %s the base by %s (%+.3f)", teacher.name, verdict, step.better_by, gains[step.better_by])
         judged.append(facts)
     return judged
-
-
-def measured(rows: pd.DataFrame) -> tuple[Interval, Interval]:
-    """Accuracy, and the right answers' NLL in nats per token."""
-    accuracy = wilson_interval(int(rows["correct"].sum()), len(rows))
-    nll = bootstrap_ratio_interval(rows["gold_nll"], rows["gold_tokens"])
-    return Interval.of(accuracy), Interval.of(nll)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,214 @@
+"""What the study's figures and tables share: scores over cases and seeds, and the generated arm minus every other one.
+
+Stands above `results`; no torch here. Tasks fall into two groups: those that the headline's generator has never seen,
+and those of which it knows other shards. A replicate is a case under one seed of the generator; all arms are compared
+on the same replicates and items.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from stillhouse.evaluation.results_files import Evaluation, load_evaluation
+from stillhouse.evaluation.statistics import (
+    Estimate,
+    bootstrap_mean_interval,
+    bootstrap_ratio_interval,
+    mcnemar,
+    paired_difference_over_seeds,
+    paired_rate_interval,
+    wilson_interval,
+)
+from stillhouse.studies.lora_generation.config import Arm
+from stillhouse.studies.lora_generation.results import ARMS, OF_COLLECTION, Measurement, ModelResults
+
+Floats = NDArray[np.float64]
+Results = Evaluation[ModelResults]
+LABELS: dict[Arm, str] = {
+    "base": "base",
+    "generated": "generated",
+    "teacher": "teacher (upper bound)",
+    "mean_adapter": "mean of adapters",
+    "nearest_adapter": "nearest by prompts (retrieval)",
+    "other_task": "adapter of another task",
+    "in_context": "prompts in context",
+    "few_prompt_lora": "LoRA on the prompts",
+}
+GROUPS = {"held_out_task": "held-out tasks", "held_out_shard": "held-out shards"}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The generated arm minus another one: accuracy (above 0 is better), and nats per token (below 0 is better)."""
+
+    arm: Arm
+    accuracy: Estimate
+    accuracy_p: float
+    gold_nll: Estimate
+    gold_nll_p: float
+
+    @property
+    def verdict(self) -> str:
+        """`better`, `worse` or `undecided` by accuracy."""
+        if self.accuracy.low > 0:
+            return "better"
+        return "worse" if self.accuracy.high < 0 else "undecided"
+
+
+def load_evaluations(paths: Sequence[Path]) -> list[Results]:
+    """The evaluation behind each `results.json`; `UserError` names a damaged file."""
+    return [load_evaluation(ModelResults, path) for path in paths]
+
+
+def groups(evaluation: Results, condition: str | None = None) -> dict[str, list[str]]:
+    """The tasks by what they are to a condition's generators (the headline's by default); empty groups are left out."""
+    results = evaluation.results
+    unseen = results.generator(condition or results.condition).held_out.split("+")
+    names = [task.task for task in results.tasks]
+    found = {
+        "held_out_task": [name for name in names if name in unseen],
+        "held_out_shard": [name for name in names if name not in unseen],
+    }
+    return {group: tasks for group, tasks in found.items() if tasks}
+
+
+def arms(evaluation: Results) -> list[Arm]:
+    """The arms that were scored, in their order."""
+    scored = {one.arm for one in evaluation.results.measurements}
+    return [arm for arm in ARMS if arm in scored]
+
+
+def measurements(evaluation: Results, task: str, arm: Arm, condition: str | None = None) -> list[Measurement]:
+    """An arm's measurements on a task: of the condition's generators, or beside what those learn from."""
+    results = evaluation.results
+    condition = condition or results.condition
+    held_out = results.generator(condition).held_out
+    return [
+        one
+        for one in results.measurements
+        if (one.task, one.arm) == (task, arm)
+        and one.condition == (condition if arm == "generated" else None)
+        and (one.held_out == held_out or arm not in (*OF_COLLECTION, "generated"))
+    ]
+
+
+def values(evaluation: Results, tasks: Sequence[str], arm: Arm, column: str, condition: str | None = None) -> Floats:
+    """A column of an arm, [replicates, items of all tasks]; arms without a generator repeat over its seeds."""
+    results = evaluation.results
+    seeds = sorted({s.seed for s in results.selections if s.condition == (condition or results.condition)})
+    parts = []
+    for task in tasks:
+        cases = sorted(
+            {(m.shard, m.teacher_seed) for m in results.measurements if m.task == task and m.shard is not None}
+        )
+        rows = _rows(evaluation, task, arm, condition)
+        own = [
+            rows[_matches(rows, shard, teacher_seed, seed if arm == "generated" else None)]
+            for shard, teacher_seed in (cases if arm != "base" else [(None, None)] * len(cases))
+            for seed in seeds
+        ]
+        parts.append(np.stack([one.sort_values("item_id")[column].to_numpy(dtype=float) for one in own]))
+    return np.concatenate(parts, axis=1)
+
+
+def accuracy(evaluation: Results, tasks: Sequence[str], arm: Arm, condition: str | None = None) -> Estimate:
+    """The share of right answers; never narrower than Wilson's interval of one replicate."""
+    found = values(evaluation, tasks, arm, "correct", condition)
+    one = wilson_interval(round(found.mean(axis=0).sum()), found.shape[1])
+    if len(found) == 1:
+        return one
+    both = paired_difference_over_seeds(found, np.zeros_like(found))
+    return Estimate(both.difference, min(both.low, one.low), max(both.high, one.high), both.n)
+
+
+def gold_nll(evaluation: Results, tasks: Sequence[str], arm: Arm, condition: str | None = None) -> Estimate:
+    """Nats per token of the right answers."""
+    nats = values(evaluation, tasks, arm, "gold_nll", condition)
+    tokens = values(evaluation, tasks, arm, "gold_tokens", condition)[0]
+    if len(nats) == 1:
+        return bootstrap_ratio_interval(nats[0], tokens)
+    both = paired_difference_over_seeds(nats, np.zeros_like(nats), tokens)
+    return Estimate(both.difference, both.low, both.high, both.n)
+
+
+def closeness(
+    evaluation: Results, tasks: Sequence[str], arm: Arm, name: str, condition: str | None = None
+) -> Estimate | None:
+    """Cosine, norm ratio or relative error: mean over cases and seeds; None where the arm has no adapter."""
+    found = [
+        getattr(one.closeness, name)
+        for task in tasks
+        for one in measurements(evaluation, task, arm, condition)
+        if one.closeness
+    ]
+    return bootstrap_mean_interval(found) if found else None
+
+
+def seconds(evaluation: Results, tasks: Sequence[str], arm: Arm, condition: str | None = None) -> float | None:
+    """Mean seconds to make an adapter."""
+    found = [
+        one.seconds
+        for task in tasks
+        for one in measurements(evaluation, task, arm, condition)
+        if one.seconds is not None
+    ]
+    return float(np.mean(found)) if found else None
+
+
+def compare(evaluation: Results, tasks: Sequence[str], arm: Arm, condition: str | None = None) -> Comparison:
+    """The generated arm minus another one on the same replicates and items."""
+    own, other = (values(evaluation, tasks, one, "correct", condition) for one in ("generated", arm))
+    paired = paired_difference_over_seeds(own, other)
+    only_own, only_other = ((a * (1 - b)).sum(axis=1).mean() for a, b in ((own, other), (other, own)))
+    rate = paired_rate_interval(only_own, only_other, own.shape[1])
+    p_value = mcnemar(own[0], other[0]).p_value if len(own) == 1 else paired.p_value
+    # Never narrower than one replicate's interval: a few items that agree are no certainty.
+    low, high = (rate.low, rate.high) if len(own) == 1 else (min(paired.low, rate.low), max(paired.high, rate.high))
+    nats = [values(evaluation, tasks, one, "gold_nll", condition) for one in ("generated", arm)]
+    tokens = values(evaluation, tasks, arm, "gold_tokens", condition)[0]
+    nll = paired_difference_over_seeds(*nats, tokens)
+    return Comparison(
+        arm,
+        Estimate(paired.difference, low, high, paired.n),
+        p_value,
+        Estimate(nll.difference, nll.low, nll.high, nll.n),
+        nll.p_value,
+    )
+
+
+def sample_note(evaluations: Sequence[Results]) -> str:
+    """The n, the cases and the meaning of the intervals, for a figure's last line."""
+    results = evaluations[0].results
+    counts = sorted({task.items for task in results.tasks})
+    cases = {(m.task, m.shard, m.teacher_seed) for m in results.measurements if m.shard is not None}
+    seeds = {s.seed for s in results.selections}
+    return (
+        f"n = {'/'.join(map(str, counts))} test items a task, {len(cases)} held-out adapters, "
+        f"{len(seeds)} generator seed{'s' * (len(seeds) > 1)}. 95 % intervals over items, cases and seeds."
+    )
+
+
+def _rows(evaluation: Results, task: str, arm: Arm, condition: str | None) -> pd.DataFrame:
+    items, results = evaluation.items, evaluation.results
+    condition = condition or results.condition
+    rows = items[(items["task"] == task) & (items["arm"] == arm)]
+    if arm == "generated":
+        return rows[rows["condition"] == condition]
+    if arm in OF_COLLECTION:
+        return rows[rows["held_out"] == results.generator(condition).held_out]
+    return rows
+
+
+def _matches(rows: pd.DataFrame, shard: int | None, teacher_seed: int | None, seed: int | None) -> pd.Series:
+    wanted = {"shard": shard, "teacher_seed": teacher_seed, "seed": seed}
+    match = pd.Series(True, index=rows.index)
+    for name, value in wanted.items():
+        if value is not None:
+            match &= (rows[name] == value).fillna(False)
+    return match

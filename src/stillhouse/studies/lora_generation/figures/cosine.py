@@ -1,0 +1,87 @@
+"""Step program: `cosine.png`, how near each arm's adapter comes to the case's teacher, by behaviour and by weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from matplotlib.axes import Axes
+
+from stillhouse.reporting.style import draw_frame, figure, save_figure
+from stillhouse.reporting.tables import format_estimate
+from stillhouse.runtime.commands import run_step
+from stillhouse.studies.lora_generation.comparisons import (
+    GROUPS,
+    LABELS,
+    Results,
+    arms,
+    closeness,
+    groups,
+    load_evaluations,
+    measurements,
+)
+from stillhouse.studies.lora_generation.config import Arm
+from stillhouse.studies.lora_generation.figures import ARM_STYLES, FigureStep
+
+PANELS = {
+    "cosine": ("Cosine to the teacher's delta", 1.0),
+    "norm_ratio": ("Norm over the teacher's", 1.0),
+    "relative_error": ("Relative error of ΔW", 0.0),
+}
+
+
+def main(step: FigureStep) -> None:
+    """Draw a row per model and group, a panel per measure: a point per case, the mean as a bar."""
+    evaluations = load_evaluations(step.results)
+    rows = [(one, group, tasks) for one in evaluations for group, tasks in groups(one).items()]
+    drawn = [arm for arm in arms(evaluations[0]) if arm not in ("base", "teacher", "in_context")]
+    with figure(10, 1.5 + len(rows) * (0.7 + 0.27 * len(drawn))) as drawing:
+        grid = drawing.subplots(len(rows), len(PANELS), squeeze=False, sharey="row", sharex="col")
+        for line, (one, group, tasks) in zip(grid, rows, strict=True):
+            for axes, (name, (label, ideal)) in zip(line, PANELS.items(), strict=True):
+                axes.axvline(ideal, color="#000000", linewidth=0.8, linestyle="--", zorder=0)
+                draw_arms(axes, one, tasks, drawn, name)
+                axes.set_xlabel(label)
+            line[0].set_title(f"{one.results.model}, {GROUPS[group]}", loc="left", fontsize=9, fontweight="bold")
+        cases = sum(len(tasks) for _, _, tasks in rows)
+        note = (
+            f"A pale point: one case and seed ({cases} tasks); a dark one: their mean. Dashed: the teacher itself. An "
+            "adapter with no effect has norm ratio 0 and error 1."
+        )
+        draw_frame(drawing, message(evaluations), note)
+        save_figure(drawing, step.output)
+
+
+def draw_arms(axes: Axes, one: Results, tasks: Sequence[str], drawn: Sequence[Arm], name: str) -> None:
+    """One measure of every arm that has an adapter of its own."""
+    for place, arm in enumerate(drawn):
+        found = [
+            getattr(m.closeness, name)
+            for task in tasks
+            for m in measurements(one, task, arm)
+            if m.closeness is not None
+        ]
+        if found:
+            style = ARM_STYLES[arm]
+            axes.scatter(found, [place] * len(found), color=style.colour, marker=style.marker, s=18, alpha=0.35)
+            axes.scatter([sum(found) / len(found)], [place], color=style.colour, marker=style.marker, s=46)
+    axes.set_yticks(range(len(drawn)), [LABELS[arm] for arm in drawn])
+    axes.set_ylim(len(drawn) - 0.5, -0.5)
+    axes.tick_params(axis="y", length=0)
+
+
+def message(evaluations: Sequence[Results]) -> str:
+    """Generated beside retrieved adapters."""
+    parts = []
+    for one in evaluations:
+        for group, tasks in groups(one).items():
+            pair = [closeness(one, tasks, arm, "cosine") for arm in ("generated", "nearest_adapter")]
+            if pair[0] and pair[1]:
+                own, other = (format_estimate(value, 2) for value in pair if value)
+                parts.append(f"{GROUPS[group]} {own} against {other}")
+    if not parts:
+        return "Nearness of adapters to the teacher of their case"
+    return f"Cosine to the teacher's delta, generated against retrieved: {'; '.join(parts)}"
+
+
+if __name__ == "__main__":
+    run_step(FigureStep, main)

@@ -1,0 +1,188 @@
+"""Step program: the study's tables, and its section of the results page, which says whether generation beats retrieval.
+
+Every sentence about an outcome is computed. Links are relative to `results/`, where the page lies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from stillhouse.config.base import StrictModel
+from stillhouse.reporting.style import Interval
+from stillhouse.reporting.tables import Table, format_estimate, write_table
+from stillhouse.runtime.commands import run_step
+from stillhouse.runtime.files import atomic_write_text, staged_directory
+from stillhouse.studies.lora_generation.comparisons import (
+    GROUPS,
+    Results,
+    arms,
+    closeness,
+    compare,
+    groups,
+    load_evaluations,
+    seconds,
+)
+from stillhouse.studies.lora_generation.config import Arm
+from stillhouse.studies.lora_generation.tables import all_tables
+
+FIGURES = {
+    "accuracy": "Every arm on every task",
+    "delta_map": "Adapters by delta activation, and by weights",
+    "ablation": "Generators by what their loss weighs",
+    "cosine": "How near each arm's adapter comes to the teacher",
+    "training": "Training curves of the generators",
+}
+QUESTION = (
+    "Can a network that reads a handful of a task's prompts write LoRA weights that make the base model behave like "
+    "one trained on that task, and does it help to supervise behaviour (delta activations: what an adapter does to the "
+    "last state on fixed probe texts) and not weights alone? Teacher adapters are trained on disjoint shards of several "
+    "tasks; a generator learns from some of them and is asked for adapters of shards, and of whole tasks, that it has "
+    "never seen. The honest bar is retrieval: the training adapter whose prompts are nearest."
+)
+CORRECTIONS = (
+    "The delta activations of teachers and generated adapters use the same probes, formatting and length; evaluation "
+    "reads them from the cache's own record.",
+    "A generator's decoder can represent every teacher: no tiling of narrow patterns, no tensor left out.",
+    "Nothing is compared with adapters that it has learnt from: cases are held-out shards and held-out tasks.",
+    "Prompts that stand for a task come from its train split and are never scored.",
+    "Weights are compared as B A alpha/r: two adapters that differ in their factors alone are equal.",
+)
+COSTS: dict[Arm, str] = {"few_prompt_lora": "training on the prompts", "teacher": "training a teacher"}
+VERDICTS = {
+    "better": "**beat** retrieval",
+    "worse": "**do not beat** retrieval; they are worse",
+    "undecided": "**do not beat** retrieval: the interval includes zero",
+}
+
+
+class ReportStep(StrictModel):
+    """The step's command line; the items lie beside the results and are named for the workflow's sake."""
+
+    results: Annotated[tuple[Path, ...], Field(min_length=1)]
+    item_scores: tuple[Path, ...] = ()
+    section: Path
+    tables: Annotated[Path, Field(description="Directory for CSV, LaTeX and Markdown, replaced as a whole.")]
+
+
+def main(step: ReportStep) -> None:
+    """Write the tables and the section."""
+    evaluations = load_evaluations(step.results)
+    tables = all_tables(evaluations)
+    with staged_directory(step.tables) as directory:
+        for table in tables:
+            write_table(table, directory)
+    atomic_write_text(step.section, section(evaluations, tables))
+
+
+def section(evaluations: Sequence[Results], tables: Sequence[Table]) -> str:
+    """The study's section in Markdown."""
+    shown = {table.name: table.to_markdown() for table in tables}
+    links = "\n".join(f"![{text}](figures/lora_generation/{name}.png)\n" for name, text in FIGURES.items())
+    parts = [
+        "## LoRA generation",
+        QUESTION,
+        "### Do generated adapters beat retrieval?",
+        _listed(finding for one in evaluations for finding in findings(one)),
+        links,
+        "### Every arm",
+        shown["arms"],
+        f"<details><summary>Generated minus every other arm</summary>\n\n{shown['paired']}\n</details>",
+        "### Behaviour or weights",
+        shown["ablation"],
+        shown["clusters"],
+        f"<details><summary>Every teacher adapter</summary>\n\n{shown['teachers']}\n</details>",
+        "### Data, models and protocol",
+        _listed(note for one in evaluations for note in notes(one)),
+        _listed(CORRECTIONS),
+        "The same tables as CSV and LaTeX: [tables/lora_generation](tables/lora_generation).",
+    ]
+    return "\n\n".join(part.strip("\n") for part in parts) + "\n"
+
+
+def findings(one: Results) -> Iterator[str]:
+    """What the generated adapters are worth beside retrieval and training, by group; and whether behaviour helps."""
+    scored, name = arms(one), f"`{one.results.model}`"
+    if "generated" not in scored:
+        yield f"{name}: the generated arm was not run."
+        return
+    for group, tasks in groups(one).items():
+        where = f"{name}, {GROUPS[group]} ({', '.join(tasks)})"
+        if "nearest_adapter" not in scored:
+            yield f"{where}: retrieval was not run, so that generated adapters have no bar."
+            continue
+        found = compare(one, tasks, "nearest_adapter")
+        sentences = [
+            f"{where}: generated adapters {VERDICTS[found.verdict]}: accuracy {_points(found.accuracy)} "
+            f"(paired, n = {found.accuracy.n}), gold NLL {format_estimate(found.gold_nll, 3)} nats per token "
+            "(lower is better)."
+        ]
+        for arm, words in (
+            ("base", "the base"),
+            ("teacher", "the teacher"),
+            ("few_prompt_lora", "a LoRA on the prompts"),
+        ):
+            if arm in scored:
+                other = compare(one, tasks, arm)
+                sentences.append(f"Against {words}: {_points(other.accuracy)}.")
+        if (own := seconds(one, tasks, "generated")) is not None:
+            sentences.append(f"Making one takes {own:.2f} s" + _beside(one, tasks) + ".")
+        yield " ".join(sentences)
+    yield from behaviour(one)
+
+
+def behaviour(one: Results) -> Iterator[str]:
+    """Generators that are led by delta activations beside those that are led by weights alone."""
+    generators = one.results.generators
+    alone = [facts.condition for facts in generators if not facts.delta]
+    for group, tasks in groups(one).items():
+        cosines = {
+            facts.condition: closeness(one, tasks, "generated", "cosine", facts.condition) for facts in generators
+        }
+        shown = ", ".join(
+            f"{condition} {format_estimate(value, 2)}" for condition, value in cosines.items() if value is not None
+        )
+        if alone and len(generators) > len(alone):
+            yield f"`{one.results.model}`, {GROUPS[group]}: cosine to the teacher's delta activation: {shown}."
+
+
+def notes(one: Results) -> Iterator[str]:
+    """What was used, and what became of every adapter."""
+    results = one.results
+    flagged = [row.name for row in results.adapters if row.flagged]
+    headline = results.generator(results.condition)
+    use = "left out of" if results.flagged == "exclude" else "used in"
+    yield f"`{results.model}`: {results.model_note or 'base model of the catalogue'}."
+    for task in results.tasks:
+        yield f"{task.task}: {task.items} test items, prompts of style `{task.style}`. {task.dataset_note}".strip()
+    yield (
+        f"{len(results.adapters)} teacher adapters, {len(flagged)} of them no better than the base on their own task "
+        f"(by {results.adapters[0].better_by}) and {use} training" + (f": {', '.join(flagged)}." if flagged else ".")
+    )
+    yield (
+        f"Headline: `{results.condition}`, {headline.kind} decoder of {headline.parameters:,} parameters, which reads "
+        f"{headline.prompts} prompts and learns from {headline.adapters} adapters; held-out tasks: "
+        f"{headline.held_out.replace('+', ', ') or 'none'}. Delta activations: {results.probe_texts} {results.probes} "
+        "probes, fp32."
+    )
+
+
+def _beside(one: Results, tasks: Sequence[str]) -> str:
+    """What the alternatives with training cost."""
+    found = {words: seconds(one, tasks, arm) for arm, words in COSTS.items() if arm in arms(one)}
+    return "".join(f", {words} {cost:.1f} s" for words, cost in found.items() if cost is not None)
+
+
+def _points(estimate: Interval) -> str:
+    return f"{format_estimate(estimate, 1, 100)} points"
+
+
+def _listed(sentences: Iterable[str]) -> str:
+    return "\n".join(f"- {sentence}" for sentence in sentences)
+
+
+if __name__ == "__main__":
+    run_step(ReportStep, main)
