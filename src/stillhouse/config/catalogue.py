@@ -113,6 +113,14 @@ MODELS: dict[str, ModelEntry] = {
         ),
         licence="Llama 3.1 Community License",
     ),
+    "qwen25_05b_instruct": ModelEntry(
+        sources=(HubSource(repo="Qwen/Qwen2.5-0.5B-Instruct", revision="7ae557604adf67be50417f59c2c2f167def9a775"),),
+        licence="Apache-2.0",
+    ),
+    "qwen25_15b_instruct": ModelEntry(
+        sources=(HubSource(repo="Qwen/Qwen2.5-1.5B-Instruct", revision="989aa7980e4cf806f80c7fef2b1adb7bc71aa306"),),
+        licence="Apache-2.0",
+    ),
     "qwen25_7b_instruct": ModelEntry(
         sources=(HubSource(repo="Qwen/Qwen2.5-7B-Instruct", revision="a09a35458c702b33eeacc393d103063234e8bc28"),),
         licence="Apache-2.0",

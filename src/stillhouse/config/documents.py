@@ -13,6 +13,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
+from pydantic_core import to_jsonable_python
 
 
 def yaml_document(configuration: BaseModel, header: str) -> str:
@@ -70,8 +71,9 @@ def _yaml_value(name: str, value: Any, depth: int, explained: set[str]) -> Itera
 
 def _flow(value: Any) -> str:
     """A value on one line of YAML."""
-    plain = list(value) if isinstance(value, tuple) else value
-    text = yaml.safe_dump(plain, default_flow_style=True, sort_keys=False, width=sys.maxsize, allow_unicode=True)
+    text = yaml.safe_dump(
+        to_jsonable_python(value), default_flow_style=True, sort_keys=False, width=sys.maxsize, allow_unicode=True
+    )
     return text.removesuffix("\n").removesuffix("\n...")
 
 

@@ -1,0 +1,130 @@
+"""The configuration: which faults it finds while the DAG is built, and what a run's settings are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from stillhouse.config.base import SettingError
+from stillhouse.config.layering import merge
+from stillhouse.studies.configuration import Configuration
+from stillhouse.studies.lora_generation.config import (
+    CONDITIONS,
+    EMBEDDED,
+    LoraGenerationConfig,
+    RunSettings,
+    ShardSettings,
+    TeacherSettings,
+)
+
+# What is wrong, and a part of the message.
+FAULTS: dict[str, tuple[dict[str, Any], str]] = {
+    "an unknown task": ({"tasks": ["arc_easy", "boolk"]}, "unknown task 'boolk'.*boolq"),
+    "an unknown condition": ({"conditions": ["multi_tusk"]}, "unknown condition 'multi_tusk'.*multi_task"),
+    "a headline that is not trained": ({"evaluation": {"condition": "cosine"}}, "not among the trained conditions"),
+    "a task held out that is not there": ({"defaults": {"held_out_tasks": ["boolk"]}}, "'boolk' is not among tasks"),
+    "every task held out": (
+        {"tasks": ["piqa", "boolq"], "defaults": {"held_out_tasks": ["piqa", "boolq"]}},
+        "none is left",
+    ),
+    "shards of which none is left": ({"teachers": {"shards": 2, "held_out_shards": 2}}, "leave none to learn from"),
+    "prompts that a shard lacks": ({"teachers": {"prompts": 999}}, "a shard has"),
+    "prompts that are not kept": (
+        {"defaults": {"generator": {"prompts": 200}}},
+        "reads 200 prompts, teachers.prompts keeps",
+    ),
+    "no validation to select by": (
+        {"teachers": {"validation_shards": 0}},
+        "validation_loss needs teachers.validation_shards",
+    ),
+    "full fine-tuning": ({"teachers": {"training": {"method": "full"}}}, "teachers"),
+    "a loss of nothing": ({"defaults": {"losses": {"weight": 0, "delta": 0}}}, "nothing to learn"),
+    "an even kernel": ({"defaults": {"generator": {"kernel": 4}}}, "must be odd"),
+    "a setting of the loop that is not read": ({"defaults": {"training": {"method": "full"}}}, "is not read here"),
+    "a domain without its kind": ({"probes": {"domain": "reading"}}, "is for kind domain"),
+    "an override that does not exist": ({"condition_settings": {"multi_task": {"loss": {}}}}, "loss"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_found_while_the_dag_is_built(fault: str) -> None:
+    changes, message = FAULTS[fault]
+    with pytest.raises((ValidationError, SettingError), match=message):
+        LoraGenerationConfig.model_validate(merge(LoraGenerationConfig().model_dump(), changes))
+
+
+def embedded() -> LoraGenerationConfig:
+    return LoraGenerationConfig.model_validate(EMBEDDED)
+
+
+def test_conditions_are_overrides_of_one_set_of_settings() -> None:
+    study = LoraGenerationConfig()
+    weights = {
+        name: (run.losses.weight, run.losses.delta)
+        for name in study.conditions
+        if (run := study.run_settings("smollm2_135m", name))
+    }
+    assert weights == {
+        "multi_task": (1.0, 0.1),
+        "balanced": (0.5, 0.5),
+        "delta_only": (0.0, 1.0),
+        "weight_only": (1.0, 0.0),
+    }
+    assert study.seeds == (42, 123, 456)
+    assert {"matrices_only", "cosine", "delta_guided", "hyper_convolution"} <= CONDITIONS.keys()
+
+
+def test_a_model_overrides_the_defaults_and_a_condition_overrides_both() -> None:
+    study = LoraGenerationConfig.model_validate(
+        {
+            "model_settings": {"smollm2_135m": {"generator": {"width": 32}, "losses": {"norm": 0.5, "weight": 3.0}}},
+        }
+    )
+    run = study.run_settings("smollm2_135m", "balanced")
+    assert (run.generator.width, run.losses.norm, run.losses.weight) == (32, 0.5, 0.5)
+
+
+def test_a_sweep_can_leave_each_task_out_in_turn() -> None:
+    axes = {"held_out_tasks": [["piqa"], ["boolq"]]}
+    study = LoraGenerationConfig.model_validate({"sweeps": {"left_out": {"condition": "multi_task", "axes": axes}}})
+    swept = [name for name in study.trained_conditions if name not in study.conditions]
+    assert [study.run_settings("smollm2_135m", name).held_out_tasks for name in swept] == [("piqa",), ("boolq",)]
+
+
+def test_every_adapter_has_one_part_in_a_generators_life() -> None:
+    shards = ShardSettings(shards=5, validation_shards=1, held_out_shards=2)
+    assert [shards.role("boolq", shard, ("piqa",)) for shard in range(5)] == [
+        "train",
+        "train",
+        "validation",
+        "held_out_shard",
+        "held_out_shard",
+    ]
+    assert {shards.role("piqa", shard, ("piqa",)) for shard in range(5)} == {"held_out_task"}
+
+
+def test_a_collection_has_every_task_shard_and_seed_and_every_checkpoint_where_asked() -> None:
+    study = embedded()
+    assert len(study.adapters) == 4 * study.teachers.shards * len(study.teachers.seeds)
+    assert len({teacher.name for teacher in study.adapters}) == len(study.adapters)
+    training = {"steps": 10, "save_every": 4, "schedule": {"warmup_steps": 1}}
+    teachers = TeacherSettings.model_validate({"collection": "checkpoints", "training": training})
+    assert teachers.steps == (4, 8, 10)
+    assert TeacherSettings.model_validate({"training": training}).steps == (10,)
+
+
+def test_a_setting_that_training_does_not_read_makes_nothing_stale() -> None:
+    compact, cascade = RunSettings(), RunSettings.model_validate({"generator": {"kind": "hyper_convolution"}})
+    assert {"stages", "kernel"} & compact.leaves()["generator"].keys() == set()
+    assert "layers" not in cascade.leaves()["generator"]
+    assert "lora" not in compact.leaves()["training"]
+    assert RunSettings.model_validate(compact.leaves()) == compact
+
+
+def test_unknown_data_of_a_task_is_named_with_the_nearest() -> None:
+    tasks = {"piqa": {"dataset": "pika_packaged"}, "boolq": {"dataset": "boolq"}}
+    section = {"task_settings": tasks, "tasks": ["piqa", "boolq"]}
+    with pytest.raises(ValidationError, match=r"unknown data set 'pika_packaged': .*piqa_packaged"):
+        Configuration.model_validate({"lora_generation": section})
