@@ -70,18 +70,23 @@ def groups(evaluation: Results, condition: str | None = None) -> dict[str, list[
     """The tasks by what they are to a condition's generators (the headline's by default); empty groups are left out."""
     results = evaluation.results
     unseen = results.generator(condition or results.condition).held_out.split("+")
-    names = [task.task for task in results.tasks]
+    tasks = names(evaluation)
     found = {
-        "held_out_task": [name for name in names if name in unseen],
-        "held_out_shard": [name for name in names if name not in unseen],
+        "held_out_task": [task for task in tasks if task in unseen],
+        "held_out_shard": [task for task in tasks if task not in unseen],
     }
-    return {group: tasks for group, tasks in found.items() if tasks}
+    return {group: members for group, members in found.items() if members}
 
 
-def arms(evaluation: Results) -> list[Arm]:
-    """The arms that were scored, in their order."""
-    scored = {one.arm for one in evaluation.results.measurements}
-    return [arm for arm in ARMS if arm in scored]
+def arms(evaluation: Results, tasks: Sequence[str]) -> list[Arm]:
+    """The arms that were scored on each of the tasks, in their order."""
+    scored = {(one.task, one.arm) for one in evaluation.results.measurements}
+    return [arm for arm in ARMS if all((task, arm) in scored for task in tasks)]
+
+
+def names(evaluation: Results) -> list[str]:
+    """All tasks."""
+    return [task.task for task in evaluation.results.tasks]
 
 
 def measurements(evaluation: Results, task: str, arm: Arm, condition: str | None = None) -> list[Measurement]:

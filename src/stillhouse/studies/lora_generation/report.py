@@ -24,6 +24,7 @@ from stillhouse.studies.lora_generation.comparisons import (
     compare,
     groups,
     load_evaluations,
+    names,
     seconds,
 )
 from stillhouse.studies.lora_generation.config import Arm
@@ -39,9 +40,9 @@ FIGURES = {
 QUESTION = (
     "Can a network that reads a handful of a task's prompts write LoRA weights that make the base model behave like "
     "one trained on that task, and does it help to supervise behaviour (delta activations: what an adapter does to the "
-    "last state on fixed probe texts) and not weights alone? Teacher adapters are trained on disjoint shards of several "
-    "tasks; a generator learns from some of them and is asked for adapters of shards, and of whole tasks, that it has "
-    "never seen. The honest bar is retrieval: the training adapter whose prompts are nearest."
+    "last state on fixed probe texts) and not weights alone? Teacher adapters are trained on disjoint shards of "
+    "several tasks; a generator learns from some of them and is asked for adapters of shards, and of whole tasks, that "
+    "it has never seen. The honest bar is retrieval: the training adapter whose prompts are nearest."
 )
 CORRECTIONS = (
     "The delta activations of teachers and generated adapters use the same probes, formatting and length; evaluation "
@@ -105,11 +106,12 @@ def section(evaluations: Sequence[Results], tables: Sequence[Table]) -> str:
 
 def findings(one: Results) -> Iterator[str]:
     """What the generated adapters are worth beside retrieval and training, by group; and whether behaviour helps."""
-    scored, name = arms(one), f"`{one.results.model}`"
-    if "generated" not in scored:
+    name = f"`{one.results.model}`"
+    if "generated" not in arms(one, names(one)):
         yield f"{name}: the generated arm was not run."
         return
     for group, tasks in groups(one).items():
+        scored = arms(one, tasks)
         where = f"{name}, {GROUPS[group]} ({', '.join(tasks)})"
         if "nearest_adapter" not in scored:
             yield f"{where}: retrieval was not run, so that generated adapters have no bar."
@@ -143,7 +145,9 @@ def behaviour(one: Results) -> Iterator[str]:
             facts.condition: closeness(one, tasks, "generated", "cosine", facts.condition) for facts in generators
         }
         shown = ", ".join(
-            f"{condition} {format_estimate(value, 2)}" for condition, value in cosines.items() if value is not None
+            f"{condition} {value.value:.2f} (n = {value.n})"
+            for condition, value in cosines.items()
+            if value is not None
         )
         if alone and len(generators) > len(alone):
             yield f"`{one.results.model}`, {GROUPS[group]}: cosine to the teacher's delta activation: {shown}."
@@ -172,7 +176,7 @@ def notes(one: Results) -> Iterator[str]:
 
 def _beside(one: Results, tasks: Sequence[str]) -> str:
     """What the alternatives with training cost."""
-    found = {words: seconds(one, tasks, arm) for arm, words in COSTS.items() if arm in arms(one)}
+    found = {words: seconds(one, tasks, arm) for arm, words in COSTS.items() if arm in arms(one, tasks)}
     return "".join(f", {words} {cost:.1f} s" for words, cost in found.items() if cost is not None)
 
 

@@ -16,13 +16,16 @@ from stillhouse.studies.lora_generation.comparisons import (
     compare,
     gold_nll,
     groups,
+    names,
     seconds,
 )
+from stillhouse.studies.lora_generation.config import Arm
 
 CLOSENESS = (
-    Column("cosine", "estimate", 3, "cosine to the teacher's delta"),
-    Column("norm_ratio", "estimate", 2, "norm ratio"),
-    Column("relative_error", "estimate", 3, "error of ΔW"),
+    Column("cosine", "number", 2, "cosine to the teacher's delta"),
+    Column("norm_ratio", "number", 2, "norm ratio"),
+    Column("relative_error", "number", 2, "error of ΔW"),
+    Column("cases", "integer", heading="held-out adapters x seeds"),
 )
 
 
@@ -38,9 +41,9 @@ def arms_table(evaluations: Sequence[Results]) -> Table:
     for one in evaluations:
         for group, tasks in groups(one).items():
             for task in tasks:
-                for arm in arms(one):
+                for arm in arms(one, [task]):
                     scores = (accuracy(one, [task], arm), gold_nll(one, [task], arm))
-                    near = [closeness(one, [task], arm, column.name) for column in CLOSENESS]
+                    near = nearness(one, [task], arm)
                     cost = seconds(one, [task], arm)
                     rows.append((one.results.model, GROUPS[group], task, LABELS[arm], *scores, *near, cost))
     columns = (
@@ -66,9 +69,10 @@ def paired_table(evaluations: Sequence[Results]) -> Table:
     rows: list[tuple[Cell, ...]] = []
     for one in evaluations:
         for group, tasks in groups(one).items():
-            if "generated" not in arms(one):
+            scored = arms(one, tasks)
+            if "generated" not in scored:
                 continue
-            found = [compare(one, tasks, arm) for arm in arms(one) if arm != "generated"]
+            found = [compare(one, tasks, arm) for arm in scored if arm != "generated"]
             adjusted = zip(holm([c.accuracy_p for c in found]), holm([c.gold_nll_p for c in found]), strict=True)
             for comparison, (p, nll_p) in zip(found, adjusted, strict=True):
                 cells = (comparison.accuracy, p, comparison.gold_nll, nll_p)
@@ -94,12 +98,12 @@ def ablation_table(evaluations: Sequence[Results]) -> Table:
     """Every generator: what its loss weighs, and what comes of it."""
     rows = []
     for one in evaluations:
-        for facts in one.results.generators:
+        for facts in one.results.generators if "generated" in arms(one, names(one)) else ():
             name = facts.condition
             for group, tasks in groups(one, name).items():
                 loss = (facts.weight, facts.weight_kind, facts.delta, facts.delta_kind, facts.guided)
                 scores = (accuracy(one, tasks, "generated", name), gold_nll(one, tasks, "generated", name))
-                near = [closeness(one, tasks, "generated", column.name, name) for column in CLOSENESS]
+                near = nearness(one, tasks, "generated", name)
                 shown = (*loss[:4], "yes" if loss[4] else "no", facts.kind, facts.adapters)
                 rows.append((one.results.model, name, *shown, GROUPS[group], *scores, *near))
     columns = (
@@ -156,6 +160,12 @@ def teachers_table(evaluations: Sequence[Results]) -> Table:
         Column("flag"),
     )
     return Table("teachers", "The teacher adapters on validation items of their own task.", columns, tuple(rows))
+
+
+def nearness(one: Results, tasks: Sequence[str], arm: Arm, condition: str | None = None) -> list[Cell]:
+    """The means of `CLOSENESS` over cases and seeds, and how many there are."""
+    found = [closeness(one, tasks, arm, column.name, condition) for column in CLOSENESS[:-1]]
+    return [*(estimate and estimate.value for estimate in found), found[0] and found[0].n]
 
 
 def _silhouettes(one: Results) -> tuple[Cell, Cell]:

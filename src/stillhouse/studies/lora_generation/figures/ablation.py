@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from matplotlib.axes import Axes
 
 from stillhouse.reporting.style import Interval, draw_frame, draw_notice, error_bars, figure, save_figure
-from stillhouse.reporting.tables import format_estimate
 from stillhouse.runtime.commands import run_step
 from stillhouse.studies.lora_generation.comparisons import (
     GROUPS,
@@ -18,6 +17,7 @@ from stillhouse.studies.lora_generation.comparisons import (
     gold_nll,
     groups,
     load_evaluations,
+    names,
     sample_note,
 )
 from stillhouse.studies.lora_generation.figures import FigureStep, named_styles
@@ -33,7 +33,7 @@ MEASURES: dict[str, tuple[float, Score]] = {
 
 def main(step: FigureStep) -> None:
     """Draw a row per model and group of tasks, a panel per measure, one line a condition."""
-    evaluations = [one for one in load_evaluations(step.results) if "generated" in arms(one)]
+    evaluations = [one for one in load_evaluations(step.results) if "generated" in arms(one, names(one))]
     if not evaluations:
         draw_notice(step.output, "The generated arm was not run.")
         return
@@ -80,13 +80,14 @@ def draw_measure(axes: Axes, one: Results, tasks: dict[str, list[str]], scale: f
 
 def message(evaluations: Sequence[Results]) -> str:
     """The cosines of the generators with and without delta activations in their loss."""
-    parts = []
+    parts: dict[str, list[str]] = {}
     for one in evaluations:
         for group, name in GROUPS.items():
             for condition, tasks in members(one, group).items():
                 if value := closeness(one, tasks, "generated", "cosine", condition):
-                    parts.append(f"{condition} {format_estimate(value, 2)}" + f" ({name})" * (group == "held_out_task"))
-    return f"Cosine to the teacher's delta activation: {'; '.join(parts)}"
+                    parts.setdefault(name, []).append(f"{condition} {value.value:.2f}")
+    listed = "; ".join(f"{name}: {', '.join(own)}" for name, own in parts.items())
+    return f"Cosine of generated adapters to the teacher's delta activation, {listed}"
 
 
 if __name__ == "__main__":

@@ -29,11 +29,11 @@ def main(step: FigureStep) -> None:
     """Draw a column per task, accuracy above NLL, one line an arm."""
     evaluations = load_evaluations(step.results)
     panels = [(one, group, task) for one in evaluations for group, tasks in groups(one).items() for task in tasks]
-    height = 0.26 * len(arms(evaluations[0]))
+    height = 0.26 * max(len(arms(one, [task])) for one, _, task in panels)
     with figure(2.6 + 2.5 * len(panels), 1.8 + 2 * height) as drawing:
         grid = drawing.subplots(2, len(panels), squeeze=False, sharey=True)
         for (above, below), (one, group, task) in zip(grid.T, panels, strict=True):
-            scored = arms(one)
+            scored = arms(one, [task])
             draw_arms(above, scored, [accuracy(one, [task], arm) for arm in scored], 100)
             draw_arms(below, scored, [gold_nll(one, [task], arm) for arm in scored], 1)
             model = f"{one.results.model}, " if len(evaluations) > 1 else ""
@@ -73,7 +73,7 @@ def message(evaluations: Sequence[Results]) -> str:
         f"{GROUPS[group]} {format_estimate(compare(one, tasks, 'nearest_adapter').accuracy, 1, 100)}"
         for one in evaluations
         for group, tasks in groups(one).items()
-        if {"generated", "nearest_adapter"} <= set(arms(one))
+        if {"generated", "nearest_adapter"} <= set(arms(one, tasks))
     ]
     if not parts:
         return "Accuracy and gold NLL by arm"

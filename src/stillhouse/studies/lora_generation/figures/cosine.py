@@ -7,13 +7,11 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 
 from stillhouse.reporting.style import draw_frame, figure, save_figure
-from stillhouse.reporting.tables import format_estimate
 from stillhouse.runtime.commands import run_step
 from stillhouse.studies.lora_generation.comparisons import (
     GROUPS,
     LABELS,
     Results,
-    arms,
     closeness,
     groups,
     load_evaluations,
@@ -33,7 +31,8 @@ def main(step: FigureStep) -> None:
     """Draw a row per model and group, a panel per measure: a point per case, the mean as a bar."""
     evaluations = load_evaluations(step.results)
     rows = [(one, group, tasks) for one in evaluations for group, tasks in groups(one).items()]
-    drawn = [arm for arm in arms(evaluations[0]) if arm not in ("base", "teacher", "in_context")]
+    drawn = [arm for arm in ARM_STYLES if any(closeness(one, tasks, arm, "cosine") for one, _, tasks in rows)]
+    drawn = [arm for arm in drawn if arm != "teacher"]
     with figure(10, 1.5 + len(rows) * (0.7 + 0.27 * len(drawn))) as drawing:
         grid = drawing.subplots(len(rows), len(PANELS), squeeze=False, sharey="row", sharex="col")
         for line, (one, group, tasks) in zip(grid, rows, strict=True):
@@ -76,7 +75,7 @@ def message(evaluations: Sequence[Results]) -> str:
         for group, tasks in groups(one).items():
             pair = [closeness(one, tasks, arm, "cosine") for arm in ("generated", "nearest_adapter")]
             if pair[0] and pair[1]:
-                own, other = (format_estimate(value, 2) for value in pair if value)
+                own, other = (f"{value.value:.2f}" for value in pair if value)
                 parts.append(f"{GROUPS[group]} {own} against {other}")
     if not parts:
         return "Nearness of adapters to the teacher of their case"
