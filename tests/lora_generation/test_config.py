@@ -10,14 +10,9 @@ from pydantic import ValidationError
 from stillhouse.config.base import SettingError
 from stillhouse.config.layering import merge
 from stillhouse.studies.configuration import Configuration
-from stillhouse.studies.lora_generation.config import (
-    CONDITIONS,
-    EMBEDDED,
-    LoraGenerationConfig,
-    RunSettings,
-    ShardSettings,
-    TeacherSettings,
-)
+from stillhouse.studies.lora_generation.config import EMBEDDED, LoraGenerationConfig
+from stillhouse.studies.lora_generation.generator_settings import CONDITIONS, RunSettings
+from stillhouse.studies.lora_generation.teacher_settings import ShardSettings, TeacherSettings
 
 # What is wrong, and a part of the message.
 FAULTS: dict[str, tuple[dict[str, Any], str]] = {
@@ -107,7 +102,7 @@ def test_every_adapter_has_one_part_in_a_generators_life() -> None:
 
 def test_a_collection_has_every_task_shard_and_seed_and_every_checkpoint_where_asked() -> None:
     study = embedded()
-    assert len(study.adapters) == 4 * study.teachers.shards * len(study.teachers.seeds)
+    assert len(study.adapters) == len(study.tasks) * study.teachers.shards * len(study.teachers.seeds)
     assert len({teacher.name for teacher in study.adapters}) == len(study.adapters)
     training = {"steps": 10, "save_every": 4, "schedule": {"warmup_steps": 1}}
     teachers = TeacherSettings.model_validate({"collection": "checkpoints", "training": training})

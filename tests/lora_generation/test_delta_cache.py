@@ -21,6 +21,7 @@ from stillhouse.studies.lora_generation.manifest import read_collection
 from stillhouse.studies.lora_generation.probes import GENERIC, ProbeSettings
 from tests.lora_generation.conftest import TinyStudy
 from tests.lora_generation.tiny_collection import make_collection
+from tests.support.tiny_models import make_tiny_llama
 
 
 def test_every_adapter_of_the_collection_has_its_own_delta(tiny_study: TinyStudy) -> None:
@@ -82,8 +83,11 @@ def test_an_adapter_that_was_exchanged_is_named(tiny_study: TinyStudy, tmp_path:
         main(step_of(tiny_study, adapters, tmp_path))
 
 
-def test_a_missing_delta_and_a_damaged_cache_are_named(tiny_study: TinyStudy, tmp_path: Path) -> None:
+def test_another_base_a_missing_delta_and_a_damaged_cache_are_named(tiny_study: TinyStudy, tmp_path: Path) -> None:
     cache = DeltaCache.load(tiny_study.deltas)
+    other = make_tiny_llama(tmp_path / "other", seed=1)
+    with pytest.raises(UserError, match=r"deltas: its delta activations are not those of .*other"):
+        cache.behaviour(other)
     with pytest.raises(UserError, match=r"deltas: has no delta activation of the adapter with digest 0123"):
         cache.of(["0123"])
     copied = tmp_path / "deltas"

@@ -18,7 +18,7 @@ from stillhouse.models.lora_tensors import (
     stacked,
 )
 from stillhouse.runtime.errors import UserError
-from stillhouse.studies.lora_generation.config import GeneratorSettings, TokenSettings
+from stillhouse.studies.lora_generation.generator_settings import GeneratorSettings, TokenSettings
 from stillhouse.studies.lora_generation.generators import Generator, GeneratorPlan, load_generator, write_plan
 from stillhouse.training.checkpoints import trained_tensors
 from tests.lora_generation.adapters import random_adapter, small_layout

@@ -10,20 +10,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from stillhouse.models.loading import frozen, load_model, load_tokenizer
 from stillhouse.models.lora_tensors import AdapterTensors
-from stillhouse.studies.lora_generation.config import (
+from stillhouse.studies.lora_generation.delta_cache import DeltaCache
+from stillhouse.studies.lora_generation.examples import AdapterExamples, GeneratorBatch, rows_of
+from stillhouse.studies.lora_generation.generator_settings import (
     GeneratorSettings,
     LossSettings,
-    ShardSettings,
     TextSettings,
     TokenSettings,
 )
-from stillhouse.studies.lora_generation.delta_cache import DeltaCache
-from stillhouse.studies.lora_generation.deltas import Probes
-from stillhouse.studies.lora_generation.examples import AdapterExamples, GeneratorBatch, rows_of
 from stillhouse.studies.lora_generation.generators import Generated, Generator, GeneratorPlan
-from stillhouse.studies.lora_generation.objective import Behaviour, GeneratorObjective, Sizes
+from stillhouse.studies.lora_generation.objective import GeneratorObjective, Sizes
+from stillhouse.studies.lora_generation.teacher_settings import ShardSettings
 from stillhouse.studies.lora_generation.text_encoder import PromptEncoder
 from tests.lora_generation.conftest import TinyStudy
 
@@ -36,12 +34,10 @@ class Setting:
 
     def __init__(self, study: TinyStudy, cache: Path) -> None:
         deltas = DeltaCache.load(study.deltas)
-        model = frozen(load_model(study.model, "fp32", "cpu"))
-        probes = Probes.tokenise(deltas.probes, load_tokenizer(study.model), model)
-        self.behaviour = Behaviour(model, probes, deltas.base)
+        self.behaviour = deltas.behaviour(study.model)
         encoder = PromptEncoder(study.encoder, TextSettings(), cache)
         rows = rows_of(study.adapters, "train", SHARDS, ())
-        self.data = AdapterExamples(study.adapters, rows, deltas, encoder, READ, probes.tokens)
+        self.data = AdapterExamples(study.adapters, rows, deltas, encoder, READ, self.behaviour.probes.tokens)
         self.sizes = Sizes.of(self.data)
 
     def generator(self, guided: bool = False, **settings: Any) -> Generator:

@@ -11,7 +11,7 @@ import torch
 from stillhouse.models.sentence_encoder import load_sentence_encoder
 from stillhouse.runtime.errors import UserError
 from stillhouse.studies.lora_generation import text_encoder
-from stillhouse.studies.lora_generation.config import TextSettings
+from stillhouse.studies.lora_generation.generator_settings import TextSettings
 from stillhouse.studies.lora_generation.text_encoder import PromptEncoder
 from tests.lora_generation.conftest import TinyStudy
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from stillhouse.models.lora_tensors import LoraLayout, ModuleShape, stacked
-from stillhouse.studies.lora_generation.config import TokenSettings
+from stillhouse.studies.lora_generation.generator_settings import TokenSettings
 from stillhouse.studies.lora_generation.tokens import WeightTokeniser, masked_mean_square
 from tests.lora_generation.adapters import largest_difference, random_adapter, small_layout
 

@@ -17,11 +17,12 @@ from stillhouse.models.lora_tensors import read_adapter, relative_error
 from stillhouse.runtime.errors import UserError
 from stillhouse.runtime.files import verify_manifest, write_manifest
 from stillhouse.studies.lora_generation import train as step_program
-from stillhouse.studies.lora_generation.config import RunSettings, ShardSettings, TextSettings
+from stillhouse.studies.lora_generation.generator_settings import RunSettings, TextSettings
 from stillhouse.studies.lora_generation.generators import load_generator
 from stillhouse.studies.lora_generation.manifest import read_collection
 from stillhouse.studies.lora_generation.objective import GeneratorObjective
 from stillhouse.studies.lora_generation.prompts import PROMPTS_FILE, read_prompts
+from stillhouse.studies.lora_generation.teacher_settings import ShardSettings
 from stillhouse.studies.lora_generation.text_encoder import PromptEncoder
 from stillhouse.studies.lora_generation.train import TrainStep, main
 from stillhouse.training.tracking import read_metrics

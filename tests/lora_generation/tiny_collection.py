@@ -16,9 +16,9 @@ from stillhouse.evaluation.results_files import Interval
 from stillhouse.models.loading import load_model
 from stillhouse.models.lora_tensors import AdapterTensors, LoraLayout, adapter_digest, model_layout, write_adapter
 from stillhouse.runtime.files import write_json, write_manifest
-from stillhouse.studies.lora_generation.config import Teacher
 from stillhouse.studies.lora_generation.manifest import AdapterRow
 from stillhouse.studies.lora_generation.prompts import PROMPTS_FILE
+from stillhouse.studies.lora_generation.teacher_settings import Teacher
 from tests.support.tiny_models import make_tiny_tokenizer
 
 TASKS = ("apples", "rivers", "numbers")

@@ -20,12 +20,13 @@ from torch.nn.functional import cosine_similarity
 
 from stillhouse.models.lora_tensors import AdapterTensors, mean_adapter, read_adapter, write_adapter
 from stillhouse.runtime.errors import UserError
-from stillhouse.studies.lora_generation.config import Arm, ShardSettings
+from stillhouse.studies.lora_generation.config import Arm
 from stillhouse.studies.lora_generation.examples import rows_of
 from stillhouse.studies.lora_generation.generators import Generator
 from stillhouse.studies.lora_generation.manifest import AdapterRow, read_collection
 from stillhouse.studies.lora_generation.prompts import PROMPTS_FILE, SolvedPrompt, read_solved_prompts
 from stillhouse.studies.lora_generation.results import Subject
+from stillhouse.studies.lora_generation.teacher_settings import ShardSettings
 from stillhouse.studies.lora_generation.text_encoder import PromptEncoder
 
 Made = TypeVar("Made")

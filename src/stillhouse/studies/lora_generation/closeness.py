@@ -12,11 +12,9 @@ from torch.nn.functional import cosine_similarity
 
 from stillhouse.evaluation.results_files import Interval
 from stillhouse.evaluation.statistics import bootstrap_mean_interval
-from stillhouse.models.loading import frozen, load_model, load_tokenizer
 from stillhouse.models.lora_tensors import AdapterTensors, adapter_digest, read_adapter, relative_error, stacked
 from stillhouse.studies.lora_generation.clusters import Floats, principal_coordinates, silhouettes
 from stillhouse.studies.lora_generation.delta_cache import DeltaCache
-from stillhouse.studies.lora_generation.deltas import Probes, delta_activation
 from stillhouse.studies.lora_generation.manifest import AdapterRow
 from stillhouse.studies.lora_generation.results import Closeness, Clusters, Point
 
@@ -25,9 +23,7 @@ class Ruler:
     """Measures adapters against teachers with the probes of the teachers' cache; computes what the cache lacks."""
 
     def __init__(self, model: Path, cache: DeltaCache, trust_remote_code: bool = False) -> None:
-        self.model = frozen(load_model(model, "fp32", trust_remote_code=trust_remote_code))
-        self.probes = Probes.tokenise(cache.probes, load_tokenizer(model, trust_remote_code), self.model)
-        self.base = cache.base.to(self.model.device)
+        self.behaviour = cache.behaviour(model, trust_remote_code)
         self.deltas = dict(cache.deltas)
 
     @torch.no_grad()
@@ -35,10 +31,10 @@ class Ruler:
         """Compute the delta activations of adapters that are not known yet, several in one pass."""
         named = {adapter_digest(adapter): adapter for adapter in map(read_adapter, folders)}
         missing = [key for key in named if key not in self.deltas]
-        size = self.probes.settings.at_once
+        size = self.behaviour.probes.settings.at_once
         for group in (missing[start : start + size] for start in range(0, len(missing), size)):
-            batch = stacked([named[key] for key in group]).to(self.model.device)
-            computed = delta_activation(self.model, batch, self.probes, self.base).cpu()
+            batch = stacked([named[key] for key in group]).to(self.behaviour.model.device)
+            computed = self.behaviour.delta(batch).cpu()
             self.deltas |= dict(zip(group, computed, strict=True))
 
     def closeness(self, folder: Path, teacher: Path) -> Closeness:

@@ -19,9 +19,9 @@ from stillhouse.runtime.errors import UserError
 from stillhouse.runtime.files import link_or_copy, staged_directory, verify_manifest, write_manifest
 from stillhouse.runtime.logs import logger
 from stillhouse.runtime.records import RunRecord, data_digest
-from stillhouse.studies.lora_generation.config import Teacher
 from stillhouse.studies.lora_generation.manifest import FACTS_FILE, AdapterRow, read_facts
 from stillhouse.studies.lora_generation.prompts import PROMPTS_FILE, read_solved_prompts
+from stillhouse.studies.lora_generation.teacher_settings import Teacher
 
 MODULE = "stillhouse.studies.lora_generation.collect"
 FILES = (ADAPTER_WEIGHTS, ADAPTER_CONFIG, PROMPTS_FILE, FACTS_FILE)

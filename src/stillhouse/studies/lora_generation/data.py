@@ -18,8 +18,8 @@ from stillhouse.data.prompts import PromptRenderer, prompt_renderer, within_limi
 from stillhouse.data.records import MathProblem, read_choice_questions, read_records
 from stillhouse.evaluation.multiple_choice import BETWEEN_EXAMPLES, ChoiceItem, choice_item, encoded
 from stillhouse.runtime.errors import UserError
-from stillhouse.studies.lora_generation.config import Style
 from stillhouse.studies.lora_generation.prompts import SolvedPrompt
+from stillhouse.studies.lora_generation.teacher_settings import Style
 
 Item = ChoiceItem | MathProblem
 

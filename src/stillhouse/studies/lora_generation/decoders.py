@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
-from stillhouse.studies.lora_generation.config import GeneratorSettings
+from stillhouse.studies.lora_generation.generator_settings import GeneratorSettings
 from stillhouse.studies.lora_generation.tokens import Piece, WeightTokeniser
 
 

@@ -1,8 +1,8 @@
 """Step program: the delta activations of all teacher adapters of a model, and the reader of what it leaves.
 
-The directory has `manifest.json` (probes with their texts, each adapter's digest and file), `base_activation.npy` and
-`deltas/<digest>.npy`. What was computed stays in the work folder, keyed by model, code, probes and the adapter's
-digest: a killed run goes on where it was, and new adapters cost no more than themselves.
+The directory has `manifest.json` (digest of the model, probes with their texts, digest and file of each adapter),
+`base_activation.npy` and `deltas/<digest>.npy`. What was computed stays in the work folder, keyed by model, code,
+probes and the adapter's digest: a killed run goes on where it was, and new adapters cost no more than themselves.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy
 import torch
@@ -33,8 +33,8 @@ from stillhouse.runtime.files import (
     write_manifest,
 )
 from stillhouse.runtime.logs import logger
-from stillhouse.runtime.records import RunRecord, fingerprint
-from stillhouse.studies.lora_generation.deltas import Probes, base_activation, delta_activation
+from stillhouse.runtime.records import RunRecord, data_digest, fingerprint
+from stillhouse.studies.lora_generation.deltas import Behaviour, Probes, base_activation, delta_activation
 from stillhouse.studies.lora_generation.manifest import AdapterRow, read_collection
 from stillhouse.studies.lora_generation.probes import ProbeSettings
 
@@ -58,6 +58,7 @@ class DeltaCache:
     """The probes, the base activation [hidden], and each adapter's delta activation [hidden] by its digest."""
 
     directory: Path
+    model_digest: str
     probes: ProbeSettings
     base: Tensor
     deltas: dict[str, Tensor]
@@ -67,12 +68,12 @@ class DeltaCache:
         """Read and verify a directory; a damaged one is a `UserError` that names the file."""
         manifest = verify_manifest(directory)
         try:
+            model_digest, files = manifest["model"], manifest["adapters"]
             probes = ProbeSettings.model_validate(manifest["probes"])
-            files: dict[str, str] = manifest["adapters"]
         except (KeyError, ValidationError):
             raise UserError(f"{directory / MANIFEST}: describes no delta activations: make them again") from None
         deltas = {key: torch.from_numpy(numpy.load(directory / file)) for key, file in files.items()}
-        return cls(directory, probes, torch.from_numpy(numpy.load(directory / BASE_FILE)), deltas)
+        return cls(directory, model_digest, probes, torch.from_numpy(numpy.load(directory / BASE_FILE)), deltas)
 
     def of(self, digests: Sequence[str]) -> Tensor:
         """The delta activations [adapters, hidden] of adapters by digest; `UserError` for one that is not there."""
@@ -82,6 +83,13 @@ class DeltaCache:
                 "that makes it again"
             )
         return torch.stack([self.deltas[key] for key in digests])
+
+    def behaviour(self, model: Path, trust_remote_code: bool = False) -> Behaviour:
+        """What the delta activations of other adapters are computed with; `UserError` for another base model."""
+        if data_digest(model) != self.model_digest:
+            raise UserError(f"{self.directory}: its delta activations are not those of {model}: make them again")
+        loaded, probes = load_probed(model, self.probes, trust_remote_code)
+        return Behaviour(loaded, probes, self.base.to(loaded.device))
 
 
 def main(step: DeltasStep) -> None:
@@ -97,7 +105,8 @@ def main(step: DeltasStep) -> None:
             compute(step, missing, work)
         logger.info("%d delta activations, %d of them computed now", len(rows), len(missing))
         record.add(adapters=len(rows), computed=len(missing))
-        facts = {
+        facts: dict[str, Any] = {
+            "model": data_digest(step.model),
             "probes": step.probes.model_dump(mode="json"),
             "probe_texts": step.probes.texts,
             "adapters": {row.digest: f"deltas/{row.digest[:16]}.npy" for row in rows},
@@ -113,8 +122,7 @@ def main(step: DeltasStep) -> None:
 
 def compute(step: DeltasStep, rows: Sequence[AdapterRow], work: Path) -> None:
     """Leave the base activation and the delta activations of `rows` in the work folder, a file for each adapter."""
-    model = frozen(load_model(step.model, "fp32", trust_remote_code=step.trust_remote_code))
-    probes = Probes.tokenise(step.probes, load_tokenizer(step.model, step.trust_remote_code), model)
+    model, probes = load_probed(step.model, step.probes, step.trust_remote_code)
     base = base_activation(model, probes)
     write_array(work / BASE_FILE, base)
     for start in range(0, len(rows), step.probes.at_once):
@@ -124,6 +132,12 @@ def compute(step: DeltasStep, rows: Sequence[AdapterRow], work: Path) -> None:
             deltas = delta_activation(model, batch.to(model.device), probes, base)
         for row, delta in zip(group, deltas, strict=True):
             write_array(work / f"{row.digest}.npy", delta)
+
+
+def load_probed(path: Path, probes: ProbeSettings, trust_remote_code: bool) -> tuple[PreTrainedModel, Probes]:
+    """The frozen base model in fp32, and the probes as it reads them."""
+    model = frozen(load_model(path, "fp32", trust_remote_code=trust_remote_code))
+    return model, Probes.tokenise(probes, load_tokenizer(path, trust_remote_code), model)
 
 
 def checked_adapter(directory: Path, row: AdapterRow, model: PreTrainedModel) -> AdapterTensors:

@@ -52,6 +52,19 @@ class Probes:
         return int(self.mask.sum())
 
 
+@dataclass(frozen=True)
+class Behaviour:
+    """The frozen base model in fp32 with the probes and its own activation [hidden]: what deltas are computed with."""
+
+    model: PreTrainedModel
+    probes: Probes
+    base: Tensor
+
+    def delta(self, adapter: AdapterTensors) -> Tensor:
+        """Delta activations of a batch of adapters [A, hidden], or of one [hidden]; differentiable in them."""
+        return delta_activation(self.model, adapter, self.probes, self.base)
+
+
 def base_activation(model: PreTrainedModel, probes: Probes) -> Tensor:
     """Mean over probes of the base model's last state at the last real token, [hidden] fp32."""
     with torch.no_grad(), _in_fp32(model):

@@ -29,17 +29,11 @@ from stillhouse.runtime.logs import logger
 from stillhouse.runtime.records import RunRecord, data_digest
 from stillhouse.studies.lora_generation.arms import Collection, Entry, from_collection, generated, given
 from stillhouse.studies.lora_generation.closeness import Ruler, map_of
-from stillhouse.studies.lora_generation.config import (
-    EvaluationSettings,
-    RunSettings,
-    ShardSettings,
-    Style,
-    TeacherTrainingSettings,
-    TextSettings,
-)
+from stillhouse.studies.lora_generation.config import EvaluationSettings
 from stillhouse.studies.lora_generation.data import read_items
 from stillhouse.studies.lora_generation.delta_cache import DeltaCache
 from stillhouse.studies.lora_generation.few_prompts import few_prompt_entries
+from stillhouse.studies.lora_generation.generator_settings import RunSettings, TextSettings
 from stillhouse.studies.lora_generation.generators import load_generator
 from stillhouse.studies.lora_generation.results import (
     ITEM_COLUMNS,
@@ -52,6 +46,7 @@ from stillhouse.studies.lora_generation.results import (
     measured,
 )
 from stillhouse.studies.lora_generation.scoring import Scorer
+from stillhouse.studies.lora_generation.teacher_settings import ShardSettings, Style, TeacherTrainingSettings
 from stillhouse.studies.lora_generation.text_encoder import PromptEncoder
 from stillhouse.training.tracking import METRICS_FILE, read_metrics
 
@@ -243,7 +238,8 @@ class EvaluationJob:
 
     def generator_facts(self) -> Iterator[GeneratorFacts]:
         """What the tables say of the conditions; seeds share them."""
-        for path in {chosen.condition: path for path, chosen in reversed(self.selections.items())}.values():
+        conditions = [chosen.condition for chosen in self.selections.values()]
+        for path in (list(self.selections)[conditions.index(name)] for name in dict.fromkeys(conditions)):
             run, record = self.runs[path], _record(path)
             yield GeneratorFacts(
                 condition=self.selections[path].condition,

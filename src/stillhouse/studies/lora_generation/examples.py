@@ -13,10 +13,10 @@ from torch import Tensor
 from stillhouse.models.lora_tensors import AdapterTensors, check_same_layout, read_adapter, stacked
 from stillhouse.runtime.errors import UserError
 from stillhouse.runtime.logs import logger
-from stillhouse.studies.lora_generation.config import Role, ShardSettings
 from stillhouse.studies.lora_generation.delta_cache import DeltaCache
 from stillhouse.studies.lora_generation.manifest import AdapterRow, read_collection
 from stillhouse.studies.lora_generation.prompts import PROMPTS_FILE, read_prompts
+from stillhouse.studies.lora_generation.teacher_settings import Role, ShardSettings
 from stillhouse.studies.lora_generation.text_encoder import PromptEncoder
 
 

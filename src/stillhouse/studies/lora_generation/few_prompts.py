@@ -9,11 +9,11 @@ from stillhouse.config.training import TrackingSettings
 from stillhouse.runtime.digests import short_digest
 from stillhouse.runtime.seeds import derived_seed
 from stillhouse.studies.lora_generation.arms import Collection, Entry
-from stillhouse.studies.lora_generation.config import Style, TeacherTrainingSettings
 from stillhouse.studies.lora_generation.data import Wording
 from stillhouse.studies.lora_generation.manifest import AdapterRow
 from stillhouse.studies.lora_generation.results import Subject
 from stillhouse.studies.lora_generation.scoring import Scorer
+from stillhouse.studies.lora_generation.teacher_settings import Style, TeacherTrainingSettings
 from stillhouse.training.adapter_batch import AdapterBatch, AdapterExamples, AdapterLosses, checkpoint_adapter
 from stillhouse.training.loop import train
 

@@ -21,8 +21,8 @@ from stillhouse.models.lora_tensors import AdapterTensors, LoraLayout
 from stillhouse.models.precision import default_device
 from stillhouse.runtime.errors import UserError
 from stillhouse.runtime.files import read_json, write_json
-from stillhouse.studies.lora_generation.config import GeneratorSettings, TokenSettings
 from stillhouse.studies.lora_generation.decoders import CompactDecoder, HyperConvolutionDecoder
+from stillhouse.studies.lora_generation.generator_settings import GeneratorSettings, TokenSettings
 from stillhouse.studies.lora_generation.text_encoder import PromptEncoder
 from stillhouse.studies.lora_generation.tokens import WeightTokeniser
 

@@ -12,29 +12,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
-from transformers import PreTrainedModel
 
 from stillhouse.models.lora_tensors import AdapterTensors, squared_distance, squared_norm
 from stillhouse.runtime.seeds import generator as random_generator
-from stillhouse.studies.lora_generation.config import LossSettings
-from stillhouse.studies.lora_generation.deltas import Probes, delta_activation
+from stillhouse.studies.lora_generation.deltas import Behaviour
 from stillhouse.studies.lora_generation.examples import AdapterExamples, GeneratorBatch
+from stillhouse.studies.lora_generation.generator_settings import LossSettings
 from stillhouse.studies.lora_generation.generators import Generated, Generator
 from stillhouse.studies.lora_generation.tokens import masked_mean_square
 from stillhouse.training.objective import LossTerms
-
-
-@dataclass(frozen=True)
-class Behaviour:
-    """The frozen base model in fp32 with the probes and its own activation [hidden]: what deltas are computed with."""
-
-    model: PreTrainedModel
-    probes: Probes
-    base: Tensor
-
-    def delta(self, adapter: AdapterTensors) -> Tensor:
-        """Delta activations [batch, hidden] of a batch of adapters, differentiable in them."""
-        return delta_activation(self.model, adapter, self.probes, self.base)
 
 
 @dataclass(frozen=True)

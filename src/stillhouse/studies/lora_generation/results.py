@@ -14,8 +14,9 @@ import pandas as pd
 from stillhouse.config.base import StrictModel
 from stillhouse.evaluation.results_files import Interval, Selection
 from stillhouse.evaluation.statistics import bootstrap_ratio_interval, wilson_interval
-from stillhouse.studies.lora_generation.config import Arm, Role
+from stillhouse.studies.lora_generation.config import Arm
 from stillhouse.studies.lora_generation.manifest import AdapterRow
+from stillhouse.studies.lora_generation.teacher_settings import Role
 
 ARMS: tuple[Arm, ...] = get_args(Arm)
 # Arms that depend on which adapters a generator learns from, and so on its held-out tasks.

@@ -26,9 +26,9 @@ from stillhouse.evaluation.scorers import score_math_answer
 from stillhouse.models.functional_lora import applied
 from stillhouse.models.loading import frozen, load_model, load_tokenizer
 from stillhouse.models.lora_tensors import check_fits, read_adapter
-from stillhouse.studies.lora_generation.config import Style
 from stillhouse.studies.lora_generation.data import Item, Wording, solved
 from stillhouse.studies.lora_generation.prompts import SolvedPrompt
+from stillhouse.studies.lora_generation.teacher_settings import Style
 
 
 class Scorer:

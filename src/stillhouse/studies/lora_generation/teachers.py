@@ -26,12 +26,12 @@ from stillhouse.runtime.files import link_or_copy, staged_directory, verify_mani
 from stillhouse.runtime.logs import log_to_file, logger
 from stillhouse.runtime.records import RunRecord, data_digest, fingerprint
 from stillhouse.runtime.seeds import derived_seed, seed_everything
-from stillhouse.studies.lora_generation.config import Style, Teacher, TeacherTrainingSettings
 from stillhouse.studies.lora_generation.data import Wording, read_items, shard_of, solved
 from stillhouse.studies.lora_generation.manifest import FACTS_FILE, TeacherFacts
 from stillhouse.studies.lora_generation.prompts import PROMPTS_FILE, SolvedPrompt, write_prompts
 from stillhouse.studies.lora_generation.results import measured
 from stillhouse.studies.lora_generation.scoring import Scorer
+from stillhouse.studies.lora_generation.teacher_settings import Style, Teacher, TeacherTrainingSettings
 from stillhouse.training.adapter_batch import AdapterBatch, AdapterExamples, AdapterLosses, checkpoint_adapter
 from stillhouse.training.loop import TrainingResult, train
 from stillhouse.training.processes import process_state

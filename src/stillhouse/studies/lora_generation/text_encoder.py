@@ -23,7 +23,7 @@ from stillhouse.runtime.digests import digest
 from stillhouse.runtime.errors import UserError
 from stillhouse.runtime.files import atomic_write_bytes, read_json, verify_manifest
 from stillhouse.runtime.logs import logger
-from stillhouse.studies.lora_generation.config import TextSettings
+from stillhouse.studies.lora_generation.generator_settings import TextSettings
 
 
 class PromptEncoder:

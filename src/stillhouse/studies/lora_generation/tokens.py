@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from stillhouse.models.lora_tensors import AdapterTensors, LoraLayout
-from stillhouse.studies.lora_generation.config import TokenSettings
+from stillhouse.studies.lora_generation.generator_settings import TokenSettings
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ from torch import nn
 
 from stillhouse.config.base import StrictModel
 from stillhouse.config.training import TrackingSettings
-from stillhouse.models.loading import frozen, load_model, load_tokenizer
 from stillhouse.models.lora_tensors import check_fits
 from stillhouse.models.precision import default_device, resolve_precision
 from stillhouse.runtime.commands import run_step
@@ -26,12 +25,13 @@ from stillhouse.runtime.files import verify_manifest, write_manifest
 from stillhouse.runtime.logs import log_to_file, logger
 from stillhouse.runtime.records import RunRecord, fingerprint
 from stillhouse.runtime.seeds import seed_everything
-from stillhouse.studies.lora_generation.config import RunSettings, ShardSettings, TextSettings
 from stillhouse.studies.lora_generation.delta_cache import DeltaCache
-from stillhouse.studies.lora_generation.deltas import Probes
+from stillhouse.studies.lora_generation.deltas import Behaviour
 from stillhouse.studies.lora_generation.examples import AdapterExamples, rows_of
+from stillhouse.studies.lora_generation.generator_settings import RunSettings, TextSettings
 from stillhouse.studies.lora_generation.generators import Generator, GeneratorPlan, write_plan
-from stillhouse.studies.lora_generation.objective import Behaviour, GeneratorObjective, Sizes
+from stillhouse.studies.lora_generation.objective import GeneratorObjective, Sizes
+from stillhouse.studies.lora_generation.teacher_settings import ShardSettings
 from stillhouse.studies.lora_generation.text_encoder import PromptEncoder
 from stillhouse.training.loop import train
 from stillhouse.training.processes import process_state, staged_output
@@ -71,10 +71,10 @@ def main(step: TrainStep) -> None:
     with RunRecord(MODULE, step, inputs) as record:
         seed_everything(seed)
         deltas = DeltaCache.load(step.deltas)
-        behaviour = load_behaviour(step, deltas)
+        behaviour = deltas.behaviour(step.model, step.trust_remote_code)
         encoder = PromptEncoder(step.encoder, step.text, step.embeddings)
         data = open_examples(step, "train", deltas, encoder, behaviour)
-        check_fits(data.layout, behaviour.model, step.adapters)
+        check_fits(data.layout, behaviour.model, step.adapters / data.rows[0].name)
         plan = GeneratorPlan(
             generator=run.generator,
             tokens=run.tokens,
@@ -119,13 +119,6 @@ def main(step: TrainStep) -> None:
                 record.add(training=asdict(result), adapters=[row.name for row in data.rows], parameters=parameters)
                 write_manifest(staging)
                 record.write(staging / "run.json")
-
-
-def load_behaviour(step: TrainStep, deltas: DeltaCache) -> Behaviour:
-    """The base model in fp32 with the cache's own probes and base activation."""
-    model = frozen(load_model(step.model, "fp32", trust_remote_code=step.trust_remote_code))
-    probes = Probes.tokenise(deltas.probes, load_tokenizer(step.model, step.trust_remote_code), model)
-    return Behaviour(model, probes, deltas.base.to(model.device))
 
 
 def open_examples(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from matplotlib.axes import Axes
 
@@ -29,13 +29,14 @@ def main(step: FigureStep) -> None:
     """Draw a column per task, accuracy above NLL, one line an arm."""
     evaluations = load_evaluations(step.results)
     panels = [(one, group, task) for one in evaluations for group, tasks in groups(one).items() for task in tasks]
-    height = 0.26 * max(len(arms(one, [task])) for one, _, task in panels)
+    places = [arm for arm in ARM_STYLES if any(arm in arms(one, [task]) for one, _, task in panels)]
+    height = 0.26 * len(places)
     with figure(2.6 + 2.5 * len(panels), 1.8 + 2 * height) as drawing:
         grid = drawing.subplots(2, len(panels), squeeze=False, sharey=True)
         for (above, below), (one, group, task) in zip(grid.T, panels, strict=True):
             scored = arms(one, [task])
-            draw_arms(above, scored, [accuracy(one, [task], arm) for arm in scored], 100)
-            draw_arms(below, scored, [gold_nll(one, [task], arm) for arm in scored], 1)
+            draw_arms(above, places, {arm: accuracy(one, [task], arm) for arm in scored}, 100)
+            draw_arms(below, places, {arm: gold_nll(one, [task], arm) for arm in scored}, 1)
             model = f"{one.results.model}, " if len(evaluations) > 1 else ""
             above.set_title(f"{model}{task}\n({GROUPS[group].removesuffix('s')})", fontsize=9)
             above.set_xlabel("Accuracy (%)")
@@ -48,10 +49,10 @@ def main(step: FigureStep) -> None:
         save_figure(drawing, step.output)
 
 
-def draw_arms(axes: Axes, scored: Sequence[Arm], found: Sequence[Interval], scale: float) -> None:
-    """One measure of every arm, the first on top."""
-    for place, (arm, value) in enumerate(zip(scored, found, strict=True)):
-        style = ARM_STYLES[arm]
+def draw_arms(axes: Axes, places: Sequence[Arm], found: Mapping[Arm, Interval], scale: float) -> None:
+    """One measure of every arm at its place, the first on top."""
+    for arm, value in found.items():
+        place, style = places.index(arm), ARM_STYLES[arm]
         axes.errorbar(
             [scale * value.value],
             [place],
@@ -62,8 +63,8 @@ def draw_arms(axes: Axes, scored: Sequence[Arm], found: Sequence[Interval], scal
         )
         if arm == "base":
             axes.axvline(scale * value.value, color=style.colour, linewidth=0.8, linestyle="--", zorder=0)
-    axes.set_yticks(range(len(scored)), [LABELS[arm] for arm in scored])
-    axes.set_ylim(len(scored) - 0.5, -0.5)
+    axes.set_yticks(range(len(places)), [LABELS[arm] for arm in places])
+    axes.set_ylim(len(places) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
 
 

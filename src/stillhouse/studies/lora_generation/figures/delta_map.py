@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from stillhouse.reporting.style import draw_frame, figure, save_figure
 from stillhouse.reporting.tables import format_estimate
@@ -41,6 +42,7 @@ def draw_map(axes: Axes, one: Results, name: str) -> None:
         axes.scatter(*zip(*places, strict=True), color=style.colour, marker=style.marker, s=34, label=task)
     silhouette = getattr(one.results.clusters, name)
     axes.set_title(f"{one.results.model}: {MAPS[name]}\nsilhouette {format_estimate(silhouette, 2)}", fontsize=9)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.set_xlabel("Component 1")
     axes.set_ylabel("Component 2")
 
@@ -50,8 +52,8 @@ def message(evaluations: Sequence[Results]) -> str:
     parts = []
     for one in evaluations:
         clusters = one.results.clusters
-        parts.append(f"{clusters.by_delta.value:.2f} against {clusters.by_weights.value:.2f}")
-    return f"Adapters lie together by task: silhouette by delta activation against weights {'; '.join(parts)}"
+        parts.append(f"{clusters.by_delta.value:.2f} by delta activation, {clusters.by_weights.value:.2f} by weights")
+    return f"Silhouette of the teacher adapters by task: {'; '.join(parts)}"
 
 
 if __name__ == "__main__":
