@@ -217,18 +217,18 @@ EMBEDDED: Overrides = {
         "held_out_shards": 1,
         "at_once": 3,
         "prompts": 16,
-        "scored_items": 16,
-        # Accuracy on 16 items says next to nothing; the answers' likelihood does.
+        "scored_items": 12,
+        # Accuracy on a dozen items says next to nothing; the answers' likelihood does.
         "better_by": "gold_nll",
         "training": {
-            "steps": 8,
+            "steps": 6,
             "batch_size": 4,
             "micro_batch_tokens": 2048,
             "learning_rate": 3e-3,
             "lora": {"rank": 4, "alpha": 8, "target_modules": ["q_proj", "v_proj"]},
             "schedule": {"warmup_steps": 2},
-            "save_every": 8,
-            "resume_every": 4,
+            "save_every": 6,
+            "resume_every": 3,
         },
     },
     "probes": {"kind": "generic"},
@@ -236,7 +236,7 @@ EMBEDDED: Overrides = {
         "held_out_tasks": ["openbookqa"],
         "generator": {"prompts": 8, "width": 64, "layers": 1},
         "training": {
-            "steps": 24,
+            "steps": 16,
             "batch_size": 3,
             "learning_rate": 1e-3,
             "schedule": {"warmup_steps": 2},
@@ -244,5 +244,11 @@ EMBEDDED: Overrides = {
             "resume_every": 8,
         },
     },
-    "evaluation": {"selection": "last", "test_items": 32, "batch_tokens": 1024, "in_context_examples": 4},
+    "evaluation": {
+        "selection": "last",
+        "test_items": 24,
+        "batch_tokens": 1024,
+        "in_context_examples": 4,
+        "few_prompt_steps": 4,
+    },
 }
