@@ -133,7 +133,21 @@ def findings(one: Results) -> Iterator[str]:
         if (own := seconds(one, tasks, "generated")) is not None:
             sentences.append(f"Making one takes {own:.2f} s" + _beside(one, tasks) + ".")
         yield " ".join(sentences)
+    yield from other_conditions(one)
     yield from behaviour(one)
+
+
+def other_conditions(one: Results) -> Iterator[str]:
+    """What the generators of the other conditions are worth beside retrieval."""
+    for facts in one.results.generators:
+        for group, tasks in groups(one, facts.condition).items():
+            if facts.condition != one.results.condition and "nearest_adapter" in arms(one, tasks):
+                found = compare(one, tasks, "nearest_adapter", facts.condition)
+                yield (
+                    f"`{one.results.model}`, `{facts.condition}`, {GROUPS[group]} ({', '.join(tasks)}): generated "
+                    f"adapters {VERDICTS[found.verdict]}: accuracy {_points(found.accuracy)}, gold NLL "
+                    f"{format_estimate(found.gold_nll, 3)} nats per token."
+                )
 
 
 def behaviour(one: Results) -> Iterator[str]:

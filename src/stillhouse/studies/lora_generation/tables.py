@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from stillhouse.evaluation.statistics import holm
 from stillhouse.reporting.tables import Cell, Column, Table
@@ -65,20 +65,17 @@ def arms_table(evaluations: Sequence[Results]) -> Table:
 
 
 def paired_table(evaluations: Sequence[Results]) -> Table:
-    """The generated arm minus every other one."""
+    """The generated arm of each condition minus every other arm."""
     rows: list[tuple[Cell, ...]] = []
-    for one in evaluations:
-        for group, tasks in groups(one).items():
-            scored = arms(one, tasks)
-            if "generated" not in scored:
-                continue
-            found = [compare(one, tasks, arm) for arm in scored if arm != "generated"]
-            adjusted = zip(holm([c.accuracy_p for c in found]), holm([c.gold_nll_p for c in found]), strict=True)
-            for comparison, (p, nll_p) in zip(found, adjusted, strict=True):
-                cells = (comparison.accuracy, p, comparison.gold_nll, nll_p)
-                rows.append((one.results.model, GROUPS[group], LABELS[comparison.arm], *cells, comparison.accuracy.n))
+    for one, name, group, tasks in generated_groups(evaluations):
+        found = [compare(one, tasks, arm, name) for arm in arms(one, tasks) if arm != "generated"]
+        adjusted = zip(holm([c.accuracy_p for c in found]), holm([c.gold_nll_p for c in found]), strict=True)
+        for comparison, (p, nll_p) in zip(found, adjusted, strict=True):
+            cells = (comparison.accuracy, p, comparison.gold_nll, nll_p, comparison.accuracy.n)
+            rows.append((one.results.model, name, GROUPS[group], LABELS[comparison.arm], *cells))
     columns = (
         Column("model"),
+        Column("condition"),
         Column("held_out", heading="what is held out"),
         Column("arm", heading="generated minus"),
         Column("accuracy", "percent_estimate", 1, "Δ accuracy, points"),
@@ -88,8 +85,8 @@ def paired_table(evaluations: Sequence[Results]) -> Table:
         Column("items", "integer", heading="n"),
     )
     caption = (
-        "The headline's generated adapters minus each arm on the same items, tasks pooled: 95 % intervals, unadjusted; "
-        "p Holm-adjusted over the arms of a group. A lower NLL is better."
+        "Each condition's generated adapters minus each arm on the same items, tasks pooled: 95 % intervals, "
+        "unadjusted; p Holm-adjusted over the arms of a condition and group. A lower NLL is better."
     )
     return Table("paired", caption, columns, tuple(rows))
 
@@ -97,15 +94,12 @@ def paired_table(evaluations: Sequence[Results]) -> Table:
 def ablation_table(evaluations: Sequence[Results]) -> Table:
     """Every generator: what its loss weighs, and what comes of it."""
     rows = []
-    for one in evaluations:
-        for facts in one.results.generators if "generated" in arms(one, names(one)) else ():
-            name = facts.condition
-            for group, tasks in groups(one, name).items():
-                loss = (facts.weight, facts.weight_kind, facts.delta, facts.delta_kind, facts.guided)
-                scores = (accuracy(one, tasks, "generated", name), gold_nll(one, tasks, "generated", name))
-                near = nearness(one, tasks, "generated", name)
-                shown = (*loss[:4], "yes" if loss[4] else "no", facts.kind, facts.adapters)
-                rows.append((one.results.model, name, *shown, GROUPS[group], *scores, *near))
+    for one, name, group, tasks in generated_groups(evaluations):
+        facts = one.results.generator(name)
+        loss = (facts.weight, facts.weight_kind, facts.delta, facts.delta_kind, "yes" if facts.guided else "no")
+        scores = (accuracy(one, tasks, "generated", name), gold_nll(one, tasks, "generated", name))
+        near = nearness(one, tasks, "generated", name)
+        rows.append((one.results.model, name, *loss, facts.kind, facts.adapters, GROUPS[group], *scores, *near))
     columns = (
         Column("model"),
         Column("condition"),
@@ -160,6 +154,14 @@ def teachers_table(evaluations: Sequence[Results]) -> Table:
         Column("flag"),
     )
     return Table("teachers", "The teacher adapters on validation items of their own task.", columns, tuple(rows))
+
+
+def generated_groups(evaluations: Sequence[Results]) -> Iterator[tuple[Results, str, str, list[str]]]:
+    """Every model, condition and group of tasks that the condition's generators were scored on."""
+    for one in evaluations:
+        for facts in one.results.generators if "generated" in arms(one, names(one)) else ():
+            for group, tasks in groups(one, facts.condition).items():
+                yield one, facts.condition, group, tasks
 
 
 def nearness(one: Results, tasks: Sequence[str], arm: Arm, condition: str | None = None) -> list[Cell]:
