@@ -2,9 +2,9 @@
 
 A digest covers a module's syntax tree without docstrings, so comments, formatting and documentation never rerun
 anything. Files that are not Python but shape results are listed as `DATA_FILES` in the module that reads them and
-count by their bytes. In configuration modules only functions count: their values reach a step through its params, so
-that a new default or condition reruns what reads it and nothing else. The rules store `code_digests(module)` in their
-params; run records and fingerprints hold the same.
+count by their bytes. In configuration modules (`config`, `..._settings`) only functions count: their values reach a
+step through its params, so that a new default or condition reruns what reads it and nothing else. The rules store
+`code_digests(module)` in their params; run records and fingerprints hold the same.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def _parents(module: str) -> list[str]:
 @cache
 def _module_digest(module: str) -> str:
     tree = _syntax_tree(module)
-    holds_settings = module.startswith(f"{PACKAGE}.config.") or module.endswith(".config")
+    holds_settings = module.startswith(f"{PACKAGE}.config.") or module.endswith((".config", "_settings"))
     hasher = hashlib.sha256(_canonical(tree, with_values=not holds_settings).encode())
     path = module_path(module)
     assert path is not None
