@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
+from stillhouse.reporting import curves
+from stillhouse.reporting.steps import FigureStep
 from stillhouse.runtime.commands import parse_settings
 from stillhouse.runtime.errors import UserError
 from stillhouse.studies.consistency_lens.comparisons import (
@@ -19,8 +21,7 @@ from stillhouse.studies.consistency_lens.comparisons import (
     top1,
     variance_explained,
 )
-from stillhouse.studies.consistency_lens.figures import curves
-from stillhouse.studies.consistency_lens.figures.variants import FigureStep
+from stillhouse.studies.consistency_lens.figures import CurvesStep
 from stillhouse.studies.consistency_lens.results import CONTROLS
 from tests.consistency_lens.fake_results import fake_evaluation, fake_lens
 
@@ -33,7 +34,7 @@ LAYERS = {"lens+layer-3": 3, "lens+layer-6": 6, "lens+layer-12": 12}
 def draw(name: str, output: Path, **inputs: list[Path]) -> tuple[bytes, bytes]:
     """Run a figure as the workflow does; returns its PNG and SVG."""
     module = importlib.import_module(f"{PACKAGE}.{name}")
-    settings: type[BaseModel] = curves.CurvesStep if name in FROM_TRAINING else FigureStep
+    settings: type[BaseModel] = CurvesStep if name in FROM_TRAINING else FigureStep
     lists = [f"{key}=[{','.join(map(str, paths))}]" for key, paths in inputs.items()]
     module.main(parse_settings(settings, [*lists, f"output={output}"]))
     return output.read_bytes(), output.with_suffix(".svg").read_bytes()

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from pydantic import BaseModel
 
+from stillhouse.reporting.steps import FigureStep
 from stillhouse.reporting.style import draw_notice
 from stillhouse.runtime.commands import parse_settings
 from stillhouse.runtime.errors import UserError
@@ -22,7 +23,7 @@ from stillhouse.studies.context_distillation.comparisons import (
     load_evaluations,
     trajectory,
 )
-from stillhouse.studies.context_distillation.figures import FigureStep, ablation_bars, loss
+from stillhouse.studies.context_distillation.figures import ablation_bars, loss
 from tests.context_distillation.fake_results import EFFECTS, fake_evaluation, fake_student
 
 FROM_EVALUATIONS = ("summary", "checkpoint_curve", "ablation_curve", "ablation_bars")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from stillhouse.reporting.steps import FigureStep
 from stillhouse.runtime.commands import parse_settings
 from stillhouse.runtime.errors import UserError
 from stillhouse.studies.latentwire.comparisons import (
@@ -23,7 +24,7 @@ from stillhouse.studies.latentwire.comparisons import (
     same_bytes,
 )
 from stillhouse.studies.latentwire.config import ARMS
-from stillhouse.studies.latentwire.figures import CurvesStep, FigureStep
+from stillhouse.studies.latentwire.figures import CurvesStep
 from tests.latentwire.fake_results import READERS, fake_channel, fake_evaluation
 
 FROM_EVALUATIONS = ("f1_vs_bytes", "arms", "first_token")

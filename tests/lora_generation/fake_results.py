@@ -117,7 +117,7 @@ def write_fake_evaluation(
 
 def write_fake_generator(directory: Path, condition: str, seed: int) -> Path:
     """Training curves as a generator leaves them."""
-    write_json(directory / "run.json", {"settings": {"model_name": "tiny", "condition": condition, "seed": seed}})
+    write_json(directory / "run.json", {"settings": {"model": "models/tiny", "condition": condition, "seed": seed}})
     steps = np.arange(1, 31)
     rows = pd.DataFrame({"step": steps, "loss": 2 / steps, "delta_w": 1.2 / steps**0.5, "delta": 1 / steps})
     rows.loc[rows["step"] % 10 == 0, "validation/loss"] = 0.5

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from stillhouse.reporting.curves import read_curves
+from stillhouse.reporting.steps import FigureStep
 from stillhouse.runtime.errors import UserError
 from stillhouse.studies.lora_generation.comparisons import load_evaluations
 from stillhouse.studies.lora_generation.figures import (
     ARM_STYLES,
     CurvesStep,
-    FigureStep,
     ablation,
     accuracy,
     cosine,
@@ -53,14 +54,14 @@ def test_training_curves_of_seeds_are_one_line(tmp_path: Path) -> None:
         for condition in ("multi_task", "weight_only")
         for seed in (1, 2)
     ]
-    curves = training.read_curves(generators)
-    assert [(one.name, len(one.seeds)) for one in curves] == [("multi_task", 2), ("weight_only", 2)]
+    curves = read_curves(generators)
+    assert [(one.condition, len(one.seeds)) for one in curves] == [("multi_task", 2), ("weight_only", 2)]
     assert training.message(curves).endswith("multi_task 2 to 0.067; weight_only 2 to 0.067")
     training.main(CurvesStep(generators=tuple(generators), output=tmp_path / "training.png"))
     assert (tmp_path / "training.png").stat().st_size > 1000
     (generators[0] / "metrics.jsonl").write_text("not json")
     with pytest.raises(UserError, match=r"metrics\.jsonl: is no metrics file"):
-        training.read_curves(generators)
+        read_curves(generators)
 
 
 def test_no_two_arms_look_alike() -> None:

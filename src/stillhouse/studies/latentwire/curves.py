@@ -1,10 +1,9 @@
-"""What a channel's training leaves behind for figures: `metrics.jsonl` and `diagnostics.jsonl`; no torch here."""
+"""What a channel's training leaves behind for figures beside its metrics: `diagnostics.jsonl`; no torch here."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import pandas as pd
 from pydantic import ValidationError
 
 from stillhouse.config.base import StrictModel
@@ -60,11 +59,3 @@ def append_diagnostics(path: Path, row: DiagnosticsRow) -> None:
     """Add a row; rows of the same step or later ones, which a killed run left behind, give way to it."""
     earlier = [one for one in read_diagnostics(path) if one.step < row.step] if path.is_file() else []
     atomic_write_text(path, "".join(one.model_dump_json() + "\n" for one in [*earlier, row]))
-
-
-def read_metrics(path: Path) -> pd.DataFrame:
-    """The training metrics, a row a logged step; a missing or damaged file is a `UserError` that names it."""
-    try:
-        return pd.read_json(path, lines=True).set_index("step").astype(float)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: cannot be read ({error}): train again") from None

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from matplotlib.axes import Axes
 
 from stillhouse.evaluation.statistics import Estimate
+from stillhouse.reporting.steps import FigureStep
 from stillhouse.reporting.style import condition_style, draw_frame, draw_notice, figure, save_figure
 from stillhouse.runtime.commands import run_step
 from stillhouse.studies.consistency_lens.comparisons import (
@@ -17,7 +18,6 @@ from stillhouse.studies.consistency_lens.comparisons import (
     subjects,
     variance_explained,
 )
-from stillhouse.studies.consistency_lens.figures.variants import FigureStep
 from stillhouse.studies.consistency_lens.results import BEST_OF, LENS
 
 MEASURES: dict[str, Callable[[Subject, str], Estimate]] = {

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 
 from stillhouse.evaluation.statistics import Estimate
+from stillhouse.reporting.steps import FigureStep
 from stillhouse.reporting.style import GREY, draw_frame, error_bars, figure, save_figure
 from stillhouse.runtime.commands import run_step
 from stillhouse.studies.consistency_lens.comparisons import (
@@ -20,7 +21,7 @@ from stillhouse.studies.consistency_lens.comparisons import (
     subjects,
     variance_explained,
 )
-from stillhouse.studies.consistency_lens.figures.variants import VARIANT_STYLES, FigureStep, heading
+from stillhouse.studies.consistency_lens.figures.variants import VARIANT_STYLES, heading
 from stillhouse.studies.consistency_lens.results import CONTROLS, LENS
 
 # A variant far below 0 would flatten all others; it is drawn at the edge, as an arrow.

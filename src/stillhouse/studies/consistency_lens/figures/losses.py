@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 from matplotlib.ticker import ScalarFormatter
 
+from stillhouse.reporting.curves import Curves, named, read_curves
 from stillhouse.reporting.style import condition_style, draw_frame, figure, save_figure
 from stillhouse.runtime.commands import run_step
-from stillhouse.studies.consistency_lens.figures.curves import Curves, CurvesStep, named, read_curves
+from stillhouse.studies.consistency_lens.figures import CurvesStep
 
 TERMS = {
     "loss": "Loss (weighted sum)",

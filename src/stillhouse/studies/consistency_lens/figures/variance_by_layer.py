@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from matplotlib.axes import Axes
 
 from stillhouse.evaluation.statistics import Estimate
+from stillhouse.reporting.steps import FigureStep
 from stillhouse.reporting.style import GREY, draw_frame, error_bars, figure, save_figure
 from stillhouse.runtime.commands import run_step
 from stillhouse.studies.consistency_lens.comparisons import (
@@ -18,7 +19,7 @@ from stillhouse.studies.consistency_lens.comparisons import (
     subjects,
     variance_explained,
 )
-from stillhouse.studies.consistency_lens.figures.variants import VARIANT_STYLES, FigureStep
+from stillhouse.studies.consistency_lens.figures.variants import VARIANT_STYLES
 from stillhouse.studies.consistency_lens.results import LENS
 
 DRAWN = (LENS, "original_tokens", "text_regression", "other_explanation")

@@ -1,13 +1,7 @@
-"""What the figures of the evaluations share: their command line, and how each variant is drawn in all of them."""
+"""How each variant, and what a condition explains, is shown in all figures of the evaluations."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
-
-from pydantic import Field
-
-from stillhouse.config.base import StrictModel
 from stillhouse.reporting.style import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION, ConditionStyle
 from stillhouse.studies.consistency_lens.comparisons import Subject
 from stillhouse.studies.consistency_lens.results import LENS
@@ -24,14 +18,6 @@ VARIANT_STYLES = {
     "text_regression": ConditionStyle(GREEN, "v"),
     "untrained": ConditionStyle(GREY, "p"),
 }
-
-
-class FigureStep(StrictModel):
-    """The command line of figures of the evaluations; the items lie beside the results."""
-
-    results: Annotated[tuple[Path, ...], Field(min_length=1)]
-    item_scores: tuple[Path, ...] = ()
-    output: Path
 
 
 def heading(subject: Subject) -> str:

@@ -1,18 +1,1 @@
-"""The study's figures, one module each, and the command line that they share."""
-
-from __future__ import annotations
-
-from pathlib import Path
-from typing import Annotated
-
-from pydantic import Field
-
-from stillhouse.config.base import StrictModel
-
-
-class FigureStep(StrictModel):
-    """The command line of a figure; the items lie beside the results and are named for the workflow's sake."""
-
-    results: Annotated[tuple[Path, ...], Field(min_length=1)]
-    item_scores: tuple[Path, ...] = ()
-    output: Annotated[Path, Field(description="The PNG; the SVG is written beside it.")]
+"""The study's figures, one module each: a step program that reads metrics files and imports no torch."""

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
+from stillhouse.reporting.steps import FigureStep
 from stillhouse.reporting.style import BLACK, condition_style, draw_frame, draw_notice, error_bars, figure, save_figure
 from stillhouse.runtime.commands import run_step
 from stillhouse.studies.context_distillation.comparisons import (
@@ -24,7 +25,6 @@ from stillhouse.studies.context_distillation.comparisons import (
     load_evaluations,
     sample_note,
 )
-from stillhouse.studies.context_distillation.figures import FigureStep
 from stillhouse.studies.context_distillation.results import Evaluation
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import SubFigure
 
+from stillhouse.reporting.steps import FigureStep
 from stillhouse.reporting.style import GREY, draw_frame, draw_notice, figure, save_figure
 from stillhouse.runtime.commands import run_step
 from stillhouse.studies.context_distillation.comparisons import (
@@ -24,7 +25,6 @@ from stillhouse.studies.context_distillation.comparisons import (
     sample_note,
     trajectory,
 )
-from stillhouse.studies.context_distillation.figures import FigureStep
 from stillhouse.studies.context_distillation.figures.checkpoint_curve import chosen_by, draw_curve
 from stillhouse.studies.context_distillation.results import Evaluation
 

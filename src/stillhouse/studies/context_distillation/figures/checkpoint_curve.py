@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 
+from stillhouse.reporting.steps import FigureStep
 from stillhouse.reporting.style import condition_style, draw_frame, draw_notice, figure, save_figure
 from stillhouse.runtime.commands import run_step
 from stillhouse.studies.context_distillation.comparisons import (
@@ -28,7 +29,6 @@ from stillhouse.studies.context_distillation.comparisons import (
     sample_note,
     trajectory,
 )
-from stillhouse.studies.context_distillation.figures import FigureStep
 from stillhouse.studies.context_distillation.results import Evaluation
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 
+from stillhouse.reporting.steps import FigureStep
 from stillhouse.reporting.style import condition_style, draw_frame, error_bars, figure, save_figure
 from stillhouse.runtime.commands import run_step
 from stillhouse.studies.context_distillation.comparisons import (
@@ -26,7 +27,6 @@ from stillhouse.studies.context_distillation.comparisons import (
     load_evaluations,
     sample_note,
 )
-from stillhouse.studies.context_distillation.figures import FigureStep
 from stillhouse.studies.context_distillation.results import Evaluation
 
 

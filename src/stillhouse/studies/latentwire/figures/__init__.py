@@ -1,13 +1,11 @@
-"""The study's figures, one module each, and the frame, styles and command line that they share."""
+"""The study's figures, one module each, and the styles and command line that they share."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from textwrap import fill
 from typing import Annotated
 
-from matplotlib.figure import Figure
 from pydantic import Field
 
 from stillhouse.config.base import StrictModel
@@ -22,8 +20,6 @@ from stillhouse.reporting.style import (
     SKY,
     VERMILLION,
     ConditionStyle,
-    figure,
-    save_figure,
 )
 
 ARM_STYLES = {
@@ -41,14 +37,6 @@ ARM_STYLES = {
 _READER_STYLES = (ConditionStyle(BLUE, "o"), ConditionStyle(VERMILLION, "D"), ConditionStyle(GREEN, "^"))
 _CHANNEL_COLOURS = (VERMILLION, PURPLE, ORANGE, GREEN, BLACK, *PALETTE)
 _CHANNEL_MARKERS = ("D", "p", "^", "h", "P", "<", ">", "*")
-
-
-class FigureStep(StrictModel):
-    """The command line of a figure; the items lie beside the results and are named for the workflow's sake."""
-
-    results: Annotated[tuple[Path, ...], Field(min_length=1)]
-    item_scores: tuple[Path, ...] = ()
-    output: Annotated[Path, Field(description="The PNG; the SVG is written beside it.")]
 
 
 class CurvesStep(StrictModel):
@@ -72,17 +60,3 @@ def reader_styles(readers: Sequence[str]) -> dict[str, ConditionStyle]:
     """A colour and a marker for each reader by its place in the pair, and for all of them together."""
     styles = {name: _READER_STYLES[place % len(_READER_STYLES)] for place, name in enumerate(readers)}
     return styles | {"all readers": ConditionStyle(BLACK, "s")}
-
-
-def draw_frame(drawing: Figure, title: str, note: str) -> None:
-    """The message above a figure and the small print below it, wrapped to its width."""
-    width = int(drawing.get_figwidth() * 17)
-    drawing.suptitle(fill(title, int(width * 0.6)), x=0.01, ha="left", fontsize=11, fontweight="bold")
-    drawing.supxlabel(fill(note, width), x=0.01, ha="left", fontsize=8)
-
-
-def draw_notice(output: Path, text: str) -> None:
-    """A figure that says why there is nothing to draw, so that a small configuration still makes every target."""
-    with figure(7, 1.2) as drawing:
-        drawing.text(0.5, 0.5, text, ha="center", va="center")
-        save_figure(drawing, output)

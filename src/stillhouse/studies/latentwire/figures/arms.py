@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 
-from stillhouse.reporting.style import ConditionStyle, error_bars, figure, save_figure
+from stillhouse.reporting.steps import FigureStep
+from stillhouse.reporting.style import ConditionStyle, draw_frame, error_bars, figure, save_figure
 from stillhouse.runtime.commands import run_step
 from stillhouse.studies.latentwire.comparisons import (
     COMBINED_ARMS,
@@ -24,7 +25,7 @@ from stillhouse.studies.latentwire.comparisons import (
     load_evaluations,
     sample_note,
 )
-from stillhouse.studies.latentwire.figures import FigureStep, draw_frame, reader_styles
+from stillhouse.studies.latentwire.figures import reader_styles
 from stillhouse.studies.latentwire.results import AGREEMENT, Evaluation
 
 MEASURES = (F1, EXACT, GOLD_NLL)

@@ -12,11 +12,11 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 
-from stillhouse.reporting.style import BLACK, GREY, ConditionStyle, figure, save_figure
+from stillhouse.reporting.style import BLACK, GREY, ConditionStyle, draw_frame, draw_notice, figure, save_figure
 from stillhouse.runtime.commands import run_step
 from stillhouse.runtime.files import read_json
 from stillhouse.studies.latentwire.curves import DIAGNOSTICS_FILE, DiagnosticsRow, ReaderDiagnostics, read_diagnostics
-from stillhouse.studies.latentwire.figures import CurvesStep, channel_styles, draw_frame, draw_notice
+from stillhouse.studies.latentwire.figures import CurvesStep, channel_styles
 
 CURVES: dict[str, Callable[[ReaderDiagnostics], float]] = {
     "RMS of the prefix over that of\nthe texts' embeddings": lambda one: one.prefix_rms / one.embedding_rms,

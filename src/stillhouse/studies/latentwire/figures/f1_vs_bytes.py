@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from stillhouse.reporting.style import ConditionStyle, error_bars, figure, save_figure
+from stillhouse.reporting.steps import FigureStep
+from stillhouse.reporting.style import ConditionStyle, draw_frame, error_bars, figure, save_figure
 from stillhouse.runtime.commands import run_step
 from stillhouse.studies.latentwire.comparisons import (
     ARM_NAMES,
@@ -24,7 +25,7 @@ from stillhouse.studies.latentwire.comparisons import (
     sample_note,
 )
 from stillhouse.studies.latentwire.config import Arm
-from stillhouse.studies.latentwire.figures import ARM_STYLES, FigureStep, channel_styles, draw_frame
+from stillhouse.studies.latentwire.figures import ARM_STYLES, channel_styles
 from stillhouse.studies.latentwire.results import Evaluation
 
 BYTE_BUDGET: tuple[Arm, ...] = ("byte_budget_compressed", "byte_budget_cut")

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 
-from stillhouse.reporting.style import figure, save_figure
+from stillhouse.reporting.steps import FigureStep
+from stillhouse.reporting.style import draw_frame, figure, save_figure
 from stillhouse.runtime.commands import run_step
 from stillhouse.studies.latentwire.comparisons import (
     FIRST_AT_1,
@@ -21,7 +22,7 @@ from stillhouse.studies.latentwire.comparisons import (
     sample_note,
     top_first_token_share,
 )
-from stillhouse.studies.latentwire.figures import FigureStep, draw_frame, reader_styles
+from stillhouse.studies.latentwire.figures import reader_styles
 from stillhouse.studies.latentwire.figures.arms import draw_panel, reader_shift
 from stillhouse.studies.latentwire.results import Evaluation
 

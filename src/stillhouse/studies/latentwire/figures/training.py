@@ -9,12 +9,12 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.axes import Axes
 
-from stillhouse.reporting.style import ConditionStyle, figure, save_figure
+from stillhouse.reporting.curves import read_metrics
+from stillhouse.reporting.style import ConditionStyle, draw_frame, figure, save_figure
 from stillhouse.runtime.commands import run_step
 from stillhouse.runtime.errors import UserError
 from stillhouse.runtime.files import read_json
-from stillhouse.studies.latentwire.curves import read_metrics
-from stillhouse.studies.latentwire.figures import CurvesStep, channel_styles, draw_frame
+from stillhouse.studies.latentwire.figures import CurvesStep, channel_styles
 
 MEASURES = {
     "ce": ("Cross entropy of the answer\n(nats per token)", 1.0),

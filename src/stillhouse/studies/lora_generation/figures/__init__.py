@@ -38,14 +38,6 @@ _MARKERS = ("o", "D", "^", "s", "v", "P", "X", "p")
 _COLOURS = tuple(colour for colour in PALETTE if colour != YELLOW)  # yellow is too faint for small marks
 
 
-class FigureStep(StrictModel):
-    """The command line of a figure; the items lie beside the results and are named for the workflow's sake."""
-
-    results: Annotated[tuple[Path, ...], Field(min_length=1)]
-    item_scores: tuple[Path, ...] = ()
-    output: Annotated[Path, Field(description="The PNG; the SVG is written beside it.")]
-
-
 class CurvesStep(StrictModel):
     """The command line of a figure of training: generators' directories, as training left them."""
 

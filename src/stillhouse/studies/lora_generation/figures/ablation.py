@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from matplotlib.axes import Axes
 
+from stillhouse.reporting.steps import FigureStep
 from stillhouse.reporting.style import Interval, draw_frame, draw_notice, error_bars, figure, save_figure
 from stillhouse.runtime.commands import run_step
 from stillhouse.studies.lora_generation.comparisons import (
@@ -20,7 +21,7 @@ from stillhouse.studies.lora_generation.comparisons import (
     names,
     sample_note,
 )
-from stillhouse.studies.lora_generation.figures import FigureStep, named_styles
+from stillhouse.studies.lora_generation.figures import named_styles
 
 Score = Callable[[Results, Sequence[str], str], Interval | None]
 MEASURES: dict[str, tuple[float, Score]] = {

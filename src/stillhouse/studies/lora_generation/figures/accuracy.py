@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from matplotlib.axes import Axes
 
+from stillhouse.reporting.steps import FigureStep
 from stillhouse.reporting.style import Interval, draw_frame, error_bars, figure, save_figure
 from stillhouse.reporting.tables import format_estimate
 from stillhouse.runtime.commands import run_step
@@ -22,7 +23,7 @@ from stillhouse.studies.lora_generation.comparisons import (
     sample_note,
 )
 from stillhouse.studies.lora_generation.config import Arm
-from stillhouse.studies.lora_generation.figures import ARM_STYLES, FigureStep
+from stillhouse.studies.lora_generation.figures import ARM_STYLES
 
 
 def main(step: FigureStep) -> None:

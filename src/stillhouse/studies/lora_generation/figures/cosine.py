@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 
+from stillhouse.reporting.steps import FigureStep
 from stillhouse.reporting.style import draw_frame, figure, save_figure
 from stillhouse.runtime.commands import run_step
 from stillhouse.studies.lora_generation.comparisons import (
@@ -18,7 +19,7 @@ from stillhouse.studies.lora_generation.comparisons import (
     measurements,
 )
 from stillhouse.studies.lora_generation.config import Arm
-from stillhouse.studies.lora_generation.figures import ARM_STYLES, FigureStep
+from stillhouse.studies.lora_generation.figures import ARM_STYLES
 
 PANELS = {
     "cosine": ("Cosine to the teacher's delta", 1.0),

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
+from stillhouse.reporting.steps import FigureStep
 from stillhouse.reporting.style import draw_frame, figure, save_figure
 from stillhouse.reporting.tables import format_estimate
 from stillhouse.runtime.commands import run_step
 from stillhouse.studies.lora_generation.comparisons import Results, load_evaluations
-from stillhouse.studies.lora_generation.figures import FigureStep, named_styles
+from stillhouse.studies.lora_generation.figures import named_styles
 
 MAPS = {"by_delta": "Delta activations", "by_weights": "Flattened weights (A and B)"}
 

@@ -1,30 +1,20 @@
-"""The training curves of lenses, as figures read them: the columns of `metrics.jsonl`, seeds taken together."""
+"""Training curves as figures read them: the columns of `metrics.jsonl` by step, the seeds of a condition together."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import pandas as pd
-from pydantic import Field
 
-from stillhouse.config.base import StrictModel
 from stillhouse.runtime.errors import UserError
 from stillhouse.runtime.files import read_json
 
 
-class CurvesStep(StrictModel):
-    """The command line of figures of the training: the lenses' directories."""
-
-    lenses: Annotated[tuple[Path, ...], Field(min_length=1)]
-    output: Path
-
-
 @dataclass(frozen=True)
 class Curves:
-    """What the lenses of one condition logged: one table a seed, its rows by step."""
+    """What the runs of one condition logged: one table a seed, its rows by step."""
 
     model: str
     condition: str
@@ -39,18 +29,22 @@ class Curves:
         return pd.concat([seed[name] for seed in self.seeds if name in seed], axis=1).dropna()
 
 
-def read_curves(lenses: Sequence[Path]) -> list[Curves]:
-    """The curves by model and condition, in the order given; a damaged file is a `UserError`."""
+def read_curves(runs: Sequence[Path]) -> list[Curves]:
+    """The curves of training outputs by model and condition, in the order given; a damaged file is a `UserError`."""
     found: dict[tuple[str, str], list[pd.DataFrame]] = {}
-    for lens in lenses:
-        settings = read_json(lens / "run.json")["settings"]
-        path = lens / "metrics.jsonl"
-        try:
-            rows = pd.read_json(path, lines=True).set_index("step")
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"{path}: is no metrics file ({error}): train again") from None
-        found.setdefault((Path(settings["model"]).name, settings["condition"]), []).append(rows)
+    for run in runs:
+        settings = read_json(run / "run.json")["settings"]
+        key = (Path(settings["model"]).name, settings["condition"])
+        found.setdefault(key, []).append(read_metrics(run / "metrics.jsonl"))
     return [Curves(model, condition, tuple(seeds)) for (model, condition), seeds in found.items()]
+
+
+def read_metrics(path: Path) -> pd.DataFrame:
+    """What a training logged, a row a logged step; a missing or damaged file is a `UserError` that names it."""
+    try:
+        return pd.read_json(path, lines=True).set_index("step").astype(float)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: is no metrics file ({error}): train again") from None
 
 
 def named(curves: Curves, among: Sequence[Curves]) -> str:
