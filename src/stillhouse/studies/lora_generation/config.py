@@ -8,7 +8,7 @@ is a sweep. Imports no torch: the workflow reads this while it builds the DAG.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field, model_validator
 
@@ -44,7 +44,7 @@ Arm = Literal[
     "in_context",
     "few_prompt_lora",
 ]
-ARMS: tuple[Arm, ...] = Arm.__args__  # type: ignore[attr-defined]
+ARMS: tuple[Arm, ...] = get_args(Arm)
 
 
 class EvaluationSettings(StrictModel):

@@ -7,7 +7,6 @@ Stands between `evaluate`, which writes both, and `report` and `figures`, which 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import get_args
 
 import pandas as pd
 
@@ -18,7 +17,6 @@ from stillhouse.studies.lora_generation.config import Arm
 from stillhouse.studies.lora_generation.manifest import AdapterRow
 from stillhouse.studies.lora_generation.teacher_settings import Role
 
-ARMS: tuple[Arm, ...] = get_args(Arm)
 # Arms that depend on which adapters a generator learns from, and so on its held-out tasks.
 OF_COLLECTION: tuple[Arm, ...] = ("mean_adapter", "nearest_adapter", "other_task")
 
