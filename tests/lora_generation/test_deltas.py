@@ -114,7 +114,7 @@ def test_a_probe_is_never_cut(model: PreTrainedModel, tokenizer: PreTrainedToken
         probes_of(ProbeSettings(kind="generic", max_length=4), tokenizer, model)
     small = frozen(load_model(model.name_or_path, "fp32", "cpu"))
     small.config.max_position_embeddings = 10
-    with pytest.raises(UserError, match=r"has \d+ tokens, the model's context is 10"):
+    with pytest.raises(UserError, match=rf"text 1 .* has \d+ tokens, the context of {model.name_or_path} is 10"):
         probes_of(ProbeSettings(kind="generic"), tokenizer, small)
 
 

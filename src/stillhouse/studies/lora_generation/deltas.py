@@ -31,11 +31,14 @@ class Probes:
     @classmethod
     def tokenise(cls, settings: ProbeSettings, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Self:
         """The probes on the model's device. Raises `UserError` for one over `max_length` or the model's context."""
-        context = model.config.get_text_config().max_position_embeddings
+        limits = {
+            "probes.max_length": settings.max_length,
+            f"the context of {model.name_or_path}": model.config.get_text_config().max_position_embeddings,
+        }
         rows: list[list[int]] = []
         for number, text in enumerate(settings.texts, start=1):
             rows.append(_probe_ids(text, settings, tokenizer))
-            for limit, what in ((settings.max_length, "probes.max_length"), (context, "the model's context")):
+            for what, limit in limits.items():
                 if len(rows[-1]) > limit:
                     raise UserError(
                         f"probes: text {number} of kind {settings.kind} has {len(rows[-1])} tokens, {what} is {limit}: "
