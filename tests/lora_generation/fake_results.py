@@ -9,9 +9,9 @@ import pandas as pd
 
 from stillhouse.evaluation.results_files import Interval, Selection, write_items
 from stillhouse.runtime.files import write_json
+from stillhouse.studies.lora_generation.config import ARMS
 from stillhouse.studies.lora_generation.manifest import AdapterRow
 from stillhouse.studies.lora_generation.results import (
-    ARMS,
     ITEM_COLUMNS,
     OF_COLLECTION,
     Closeness,

@@ -14,6 +14,7 @@ from stillhouse.studies.lora_generation.config import EMBEDDED, LoraGenerationCo
 from stillhouse.studies.lora_generation.generator_settings import CONDITIONS, RunSettings
 from stillhouse.studies.lora_generation.teacher_settings import ShardSettings, TeacherSettings
 
+_TWO = {"tensor_parallel": 2}
 # What is wrong, and a part of the message.
 FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "an unknown task": ({"tasks": ["arc_easy", "boolk"]}, "unknown task 'boolk'.*boolq"),
@@ -69,6 +70,13 @@ def test_conditions_are_overrides_of_one_set_of_settings() -> None:
     }
     assert study.seeds == (42, 123, 456)
     assert {"matrices_only", "cosine", "delta_guided", "hyper_convolution"} <= CONDITIONS.keys()
+
+
+def test_the_engine_counts_only_where_a_task_has_worked_answers() -> None:
+    gpus = {"resources": {"evaluation": {"gpus": 2}}, "context_distillation": {"evaluation": {"engine": _TWO}}}
+    Configuration.model_validate({"lora_generation": {"tasks": ["piqa", "boolq"]}, **gpus})
+    with pytest.raises(ValidationError, match=r"is 1, but resources\.evaluation\.gpus is 2"):
+        Configuration.model_validate({"lora_generation": {"tasks": ["piqa", "gsm8k"]}, **gpus})
 
 
 def test_a_model_overrides_the_defaults_and_a_condition_overrides_both() -> None:

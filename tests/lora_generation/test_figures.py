@@ -11,6 +11,7 @@ from stillhouse.reporting.curves import read_curves
 from stillhouse.reporting.steps import FigureStep
 from stillhouse.runtime.errors import UserError
 from stillhouse.studies.lora_generation.comparisons import load_evaluations
+from stillhouse.studies.lora_generation.config import ARMS
 from stillhouse.studies.lora_generation.figures import (
     ARM_STYLES,
     CurvesStep,
@@ -21,7 +22,6 @@ from stillhouse.studies.lora_generation.figures import (
     named_styles,
     training,
 )
-from stillhouse.studies.lora_generation.results import ARMS
 from tests.lora_generation.fake_results import write_fake_evaluation, write_fake_generator
 
 OF_EVALUATION = ("accuracy", "delta_map", "ablation", "cosine")

@@ -6,8 +6,9 @@ the two systems' answers to the same item together. Imports numpy and scipy only
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -163,14 +164,31 @@ def paired_difference_over_seeds(
     seeds, items = differences.shape
     weights = np.ones(items) if tokens is None else np.asarray(tokens, float)
     _aligned(differences[0], weights)
-    random = np.random.default_rng(seed)
-    seed_weights = random.multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples) / seeds
     draws = np.empty(resamples)
-    for rows in _chunks(resamples, items):
-        item_counts = random.multinomial(items, np.full(items, 1 / items), size=rows.stop - rows.start)
-        sums = ((item_counts @ differences.T) * seed_weights[rows]).sum(axis=1)
+    for rows, seed_weights, item_counts in _two_way_weights(seeds, items, resamples, seed):
+        sums = ((item_counts @ differences.T) * seed_weights).sum(axis=1)
         draws[rows] = sums / (item_counts @ weights)
     return _comparison(float(differences.mean(axis=0).sum() / weights.sum()), draws, confidence, items)
+
+
+def _two_way_weights(seeds: int, items: int, resamples: int, seed: int) -> Iterable[tuple[slice, Floats, Floats]]:
+    """How often each draw has each seed (as shares) and each item, chunk by chunk; those of few items are kept."""
+    draw = _few_weights if resamples * items <= _CHUNK_DRAWS else _drawn_weights
+    return draw(seeds, items, resamples, seed)
+
+
+@lru_cache(maxsize=2)
+def _few_weights(seeds: int, items: int, resamples: int, seed: int) -> tuple[tuple[slice, Floats, Floats], ...]:
+    """The same for the many comparisons of a report on the same items: drawing takes longer than all the rest."""
+    return tuple(_drawn_weights(seeds, items, resamples, seed))
+
+
+def _drawn_weights(seeds: int, items: int, resamples: int, seed: int) -> Iterator[tuple[slice, Floats, Floats]]:
+    random = np.random.default_rng(seed)
+    seed_weights = random.multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples) / seeds
+    for rows in _chunks(resamples, items):
+        item_counts = random.multinomial(items, np.full(items, 1 / items), size=rows.stop - rows.start)
+        yield rows, seed_weights[rows], item_counts.astype(float)
 
 
 def _aligned(*arrays: ArrayLike) -> list[Floats]:

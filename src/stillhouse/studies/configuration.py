@@ -65,7 +65,7 @@ class Configuration(StrictModel):
     def engines_get_the_gpus_they_spread_over(self) -> Configuration:
         """Refuse an evaluation that spreads a model over another number of GPUs than its job asks for."""
         for study in STUDIES:
-            engine = getattr(getattr(getattr(self, study), "evaluation", None), "engine", None)
+            engine = getattr(getattr(self, study), "engine", None)
             if engine is not None and engine.tensor_parallel != self.resources.evaluation.gpus:
                 raise SettingError(
                     (study, "evaluation", "engine", "tensor_parallel"),

@@ -140,6 +140,11 @@ class ContextDistillationConfig(StrictModel, ConditionRuns[RunSettings]):
                 ("task", "train", "size"), f"{examples} training examples are too few for {condition}'s {shots} shots"
             )
 
+    @property
+    def engine(self) -> EngineSettings:
+        """The engine that writes answers."""
+        return self.evaluation.engine
+
     def references(self) -> Iterator[Reference]:
         """The catalogue names that the study uses: students, teachers, the data set."""
         for model in self.models:

@@ -7,15 +7,15 @@ on the same replicates and items.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from stillhouse.evaluation.results_files import Evaluation, load_evaluation
+from stillhouse.evaluation.results_files import load_evaluation
 from stillhouse.evaluation.statistics import (
     Estimate,
     bootstrap_mean_interval,
@@ -25,11 +25,10 @@ from stillhouse.evaluation.statistics import (
     paired_rate_interval,
     wilson_interval,
 )
-from stillhouse.studies.lora_generation.config import Arm
-from stillhouse.studies.lora_generation.results import ARMS, OF_COLLECTION, Measurement, ModelResults
+from stillhouse.studies.lora_generation.config import ARMS, Arm
+from stillhouse.studies.lora_generation.results import OF_COLLECTION, Measurement, ModelResults, Subject
 
 Floats = NDArray[np.float64]
-Results = Evaluation[ModelResults]
 LABELS: dict[Arm, str] = {
     "base": "base",
     "generated": "generated",
@@ -61,9 +60,27 @@ class Comparison:
         return "worse" if self.accuracy.high < 0 else "undecided"
 
 
+@dataclass(frozen=True, eq=False)
+class Results:
+    """An evaluation, its rows by subject and in the order of the items."""
+
+    results: ModelResults
+    rows: Mapping[Subject, pd.DataFrame]
+
+
 def load_evaluations(paths: Sequence[Path]) -> list[Results]:
     """The evaluation behind each `results.json`; `UserError` names a damaged file."""
-    return [load_evaluation(ModelResults, path) for path in paths]
+    evaluations = [load_evaluation(ModelResults, path) for path in paths]
+    return [Results(one.results, rows_by_subject(one.items)) for one in evaluations]
+
+
+def rows_by_subject(items: pd.DataFrame) -> dict[Subject, pd.DataFrame]:
+    """The rows of each subject, sorted by item."""
+    columns = [field.name for field in fields(Subject)]
+    return {
+        Subject(*(None if pd.isna(value) else value for value in key)): rows.sort_values("item_id")
+        for key, rows in items.groupby(columns, dropna=False)
+    }
 
 
 def groups(evaluation: Results, condition: str | None = None) -> dict[str, list[str]]:
@@ -106,19 +123,21 @@ def measurements(evaluation: Results, task: str, arm: Arm, condition: str | None
 def values(evaluation: Results, tasks: Sequence[str], arm: Arm, column: str, condition: str | None = None) -> Floats:
     """A column of an arm, [replicates, items of all tasks]; arms without a generator repeat over its seeds."""
     results = evaluation.results
-    seeds = sorted({s.seed for s in results.selections if s.condition == (condition or results.condition)})
+    facts = results.generator(condition or results.condition)
+    generated = arm == "generated"
+    held_out = facts.held_out if generated or arm in OF_COLLECTION else None
+    seeds = sorted({s.seed for s in results.selections if s.condition == facts.condition})
     parts = []
     for task in tasks:
         cases = sorted(
             {(m.shard, m.teacher_seed) for m in results.measurements if m.task == task and m.shard is not None}
         )
-        rows = _rows(evaluation, task, arm, condition)
-        own = [
-            rows[_matches(rows, shard, teacher_seed, seed if arm == "generated" else None)]
-            for shard, teacher_seed in (cases if arm != "base" else [(None, None)] * len(cases))
+        subjects = [
+            Subject(task, arm, *case, facts.condition if generated else None, seed if generated else None, held_out)
+            for case in (cases if arm != "base" else [(None, None)] * len(cases))
             for seed in seeds
         ]
-        parts.append(np.stack([one.sort_values("item_id")[column].to_numpy(dtype=float) for one in own]))
+        parts.append(np.stack([evaluation.rows[subject][column].to_numpy(dtype=float) for subject in subjects]))
     return np.concatenate(parts, axis=1)
 
 
@@ -197,23 +216,3 @@ def sample_note(evaluations: Sequence[Results]) -> str:
         f"n = {'/'.join(map(str, counts))} test items a task, {len(cases)} held-out adapters, "
         f"{len(seeds)} generator seed{'s' * (len(seeds) > 1)}. 95 % intervals over items, cases and seeds."
     )
-
-
-def _rows(evaluation: Results, task: str, arm: Arm, condition: str | None) -> pd.DataFrame:
-    items, results = evaluation.items, evaluation.results
-    condition = condition or results.condition
-    rows = items[(items["task"] == task) & (items["arm"] == arm)]
-    if arm == "generated":
-        return rows[rows["condition"] == condition]
-    if arm in OF_COLLECTION:
-        return rows[rows["held_out"] == results.generator(condition).held_out]
-    return rows
-
-
-def _matches(rows: pd.DataFrame, shard: int | None, teacher_seed: int | None, seed: int | None) -> pd.Series:
-    wanted = {"shard": shard, "teacher_seed": teacher_seed, "seed": seed}
-    match = pd.Series(True, index=rows.index)
-    for name, value in wanted.items():
-        if value is not None:
-            match &= (rows[name] == value).fillna(False)
-    return match

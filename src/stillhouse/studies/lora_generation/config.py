@@ -163,6 +163,11 @@ class LoraGenerationConfig(StrictModel, ConditionRuns[RunSettings]):
         return laid_over(self.defaults, ("model_settings", subject), self.model_settings.get(subject, {}))
 
     @property
+    def engine(self) -> EngineSettings | None:
+        """The engine that writes answers; None where no task has worked ones."""
+        return self.evaluation.engine if any(task.style == "worked" for task in self.divided) else None
+
+    @property
     def divided(self) -> list[TaskSettings]:
         """The tasks' data sets and their division, in the order of the tasks."""
         return [self.task_settings[task] for task in self.tasks]
