@@ -3,7 +3,9 @@
 LORAGEN = CONFIGURATION.lora_generation
 LORAGEN_TEACHERS = LORAGEN.teachers
 LORAGEN_RESULTS = "results/lora_generation"
-LORAGEN_RUNS = f"{LORAGEN_RESULTS}/{{model}}/teachers/{{task}}/seed_{{seed}}/shards_{{shards}}"
+LORAGEN_RUNS = (
+    f"{LORAGEN_RESULTS}/{{model}}/teachers/{{task}}/seed_{{seed}}/shards_{{shards}}"
+)
 LORAGEN_ADAPTERS = f"{LORAGEN_RESULTS}/{{model}}/adapters"
 LORAGEN_DELTAS = f"{LORAGEN_RESULTS}/{{model}}/deltas"
 LORAGEN_GENERATOR = (
@@ -142,10 +144,11 @@ def loragen_evaluate_settings(wildcards):
         model_name=wildcards.model,
         model_note=CONFIGURATION.models[wildcards.model].note,
         tasks=list(LORAGEN.tasks),
-        styles=[task.style for task in LORAGEN.divided],
+        datasets=[task.dataset for task in LORAGEN.divided],
         dataset_notes=[
             CONFIGURATION.datasets[task.dataset].note for task in LORAGEN.divided
         ],
+        styles=[task.style for task in LORAGEN.divided],
         shards=LORAGEN_TEACHERS.roles,
         text=LORAGEN.text,
         precision=LORAGEN.precision,

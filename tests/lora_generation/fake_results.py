@@ -81,7 +81,10 @@ def write_fake_evaluation(
         flagged="exclude",
         probes="generic",
         probe_texts=5,
-        tasks=tuple(TaskFacts(task=task, style="question", dataset_note="", items=ITEMS) for task in TASKS),
+        tasks=tuple(
+            TaskFacts(task=task, dataset="tiny_choices", dataset_note="", style="question", items=ITEMS)
+            for task in TASKS
+        ),
         adapters=tuple(_row(task, shard, flagged) for task in TASKS for shard in range(5)),
         points=tuple(
             Point(name=f"{task}/{shard}", task=task, by_delta=(place, shard / 9), by_weights=(shard / 3, shard % 2))

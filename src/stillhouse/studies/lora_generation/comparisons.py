@@ -59,6 +59,13 @@ class Comparison:
             return "better"
         return "worse" if self.accuracy.high < 0 else "undecided"
 
+    @property
+    def nll_verdict(self) -> str:
+        """The same by the right answers' NLL."""
+        if self.gold_nll.high < 0:
+            return "better"
+        return "worse" if self.gold_nll.low > 0 else "undecided"
+
 
 @dataclass(frozen=True, eq=False)
 class Results:

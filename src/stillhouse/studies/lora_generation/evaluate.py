@@ -57,7 +57,7 @@ READ = {"test_items", "score", "engine", "generation"}
 
 
 class EvaluateStep(StrictModel):
-    """The step's command line; data, tasks, styles and dataset_notes are in the order of the tasks."""
+    """The step's command line; data, tasks, datasets, dataset_notes and styles are in the order of the tasks."""
 
     model: Path
     encoder: Path
@@ -73,8 +73,9 @@ class EvaluateStep(StrictModel):
     model_name: str
     model_note: str
     tasks: tuple[str, ...]
-    styles: tuple[Style, ...]
+    datasets: tuple[str, ...]
     dataset_notes: tuple[str, ...]
+    styles: tuple[Style, ...]
     shards: ShardSettings
     text: TextSettings
     precision: Precision
@@ -233,8 +234,10 @@ class EvaluationJob:
 
     def task_facts(self) -> Iterator[TaskFacts]:
         """What the tables say of the tasks."""
-        for task, note in zip(self.step.tasks, self.step.dataset_notes, strict=True):
-            yield TaskFacts(task=task, style=self.styles[task], dataset_note=note, items=len(self.items[task]))
+        step = self.step
+        for task, dataset, note in zip(step.tasks, step.datasets, step.dataset_notes, strict=True):
+            style, items = self.styles[task], len(self.items[task])
+            yield TaskFacts(task=task, dataset=dataset, dataset_note=note, style=style, items=items)
 
     def generator_facts(self) -> Iterator[GeneratorFacts]:
         """What the tables say of the conditions; seeds share them."""

@@ -54,6 +54,11 @@ VERDICTS = {
     "worse": "**do not beat** retrieval; they are worse",
     "undecided": "**do not beat** retrieval: the interval includes zero",
 }
+NLL_VERDICTS = {
+    "better": "lower, and so better",
+    "worse": "higher, and so worse",
+    "undecided": "lower would be better; the interval includes zero",
+}
 
 
 def main(step: ReportStep) -> None:
@@ -103,12 +108,7 @@ def findings(one: Results) -> Iterator[str]:
         if "nearest_adapter" not in scored:
             yield f"{where}: retrieval was not run, so that generated adapters have no bar."
             continue
-        found = compare(one, tasks, "nearest_adapter")
-        sentences = [
-            f"{where}: generated adapters {VERDICTS[found.verdict]}: accuracy {_points(found.accuracy)} "
-            f"(paired, n = {found.accuracy.n}), gold NLL {format_estimate(found.gold_nll, 3)} nats per token "
-            "(lower is better)."
-        ]
+        sentences = [f"{where}: {beside_retrieval(one, tasks)}"]
         for arm, words in (
             ("base", "the base"),
             ("teacher", "the teacher"),
@@ -124,17 +124,23 @@ def findings(one: Results) -> Iterator[str]:
     yield from behaviour(one)
 
 
+def beside_retrieval(one: Results, tasks: Sequence[str], condition: str | None = None) -> str:
+    """Whether a condition's generated adapters beat retrieval, with both differences."""
+    found = compare(one, tasks, "nearest_adapter", condition)
+    return (
+        f"generated adapters {VERDICTS[found.verdict]}: accuracy {_points(found.accuracy)} (paired, "
+        f"n = {found.accuracy.n}); NLL of the right answers {format_estimate(found.gold_nll, 3)} nats per token "
+        f"({NLL_VERDICTS[found.nll_verdict]})."
+    )
+
+
 def other_conditions(one: Results) -> Iterator[str]:
     """What the generators of the other conditions are worth beside retrieval."""
     for facts in one.results.generators:
         for group, tasks in groups(one, facts.condition).items():
             if facts.condition != one.results.condition and "nearest_adapter" in arms(one, tasks):
-                found = compare(one, tasks, "nearest_adapter", facts.condition)
-                yield (
-                    f"`{one.results.model}`, `{facts.condition}`, {GROUPS[group]} ({', '.join(tasks)}): generated "
-                    f"adapters {VERDICTS[found.verdict]}: accuracy {_points(found.accuracy)}, gold NLL "
-                    f"{format_estimate(found.gold_nll, 3)} nats per token."
-                )
+                where = f"`{one.results.model}`, `{facts.condition}`, {GROUPS[group]} ({', '.join(tasks)})"
+                yield f"{where}: {beside_retrieval(one, tasks, facts.condition)}"
 
 
 def behaviour(one: Results) -> Iterator[str]:
@@ -162,7 +168,8 @@ def notes(one: Results) -> Iterator[str]:
     use = "left out of" if results.flagged == "exclude" else "used in"
     yield f"`{results.model}`: {results.model_note or 'base model of the catalogue'}."
     for task in results.tasks:
-        yield f"{task.task}: {task.items} test items, prompts of style `{task.style}`. {task.dataset_note}".strip()
+        what = f"{task.task}: data set `{task.dataset}`, {task.items} test items, prompts of style `{task.style}`"
+        yield f"{what}{task.dataset_note and f' ({task.dataset_note})'}."
     yield (
         f"{len(results.adapters)} teacher adapters, {len(flagged)} of them no better than the base on their own task "
         f"(by {results.adapters[0].better_by}) and {use} training" + (f": {', '.join(flagged)}." if flagged else ".")

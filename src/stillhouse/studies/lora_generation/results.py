@@ -108,8 +108,9 @@ class TaskFacts(StrictModel):
     """What the tables say of a task."""
 
     task: str
-    style: str
+    dataset: str
     dataset_note: str
+    style: str
     items: int
 
 

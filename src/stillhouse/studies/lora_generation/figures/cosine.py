@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 
 from stillhouse.reporting.steps import FigureStep
-from stillhouse.reporting.style import draw_frame, figure, save_figure
+from stillhouse.reporting.style import draw_frame, draw_notice, figure, save_figure
 from stillhouse.runtime.commands import run_step
 from stillhouse.studies.lora_generation.comparisons import (
     GROUPS,
@@ -34,6 +34,9 @@ def main(step: FigureStep) -> None:
     rows = [(one, group, tasks) for one in evaluations for group, tasks in groups(one).items()]
     drawn = [arm for arm in ARM_STYLES if any(closeness(one, tasks, arm, "cosine") for one, _, tasks in rows)]
     drawn = [arm for arm in drawn if arm != "teacher"]
+    if not drawn:
+        draw_notice(step.output, "No arm has an adapter beside the teacher's.")
+        return
     with figure(10, 1.5 + len(rows) * (0.7 + 0.27 * len(drawn))) as drawing:
         grid = drawing.subplots(len(rows), len(PANELS), squeeze=False, sharey="row", sharex="col")
         for line, (one, group, tasks) in zip(grid, rows, strict=True):
