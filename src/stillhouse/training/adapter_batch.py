@@ -138,8 +138,11 @@ class AdapterExamples:
         return len(self.sequences[0])
 
     def micro_batches(self, indices: Sequence[int], token_budget: int) -> Iterator[AdapterMicroBatch]:
-        """The examples of one whole update; the budget counts the rectangle of all adapters."""
-        chosen = [[own[index] for index in indices] for own in self.sequences]
+        """The examples of one whole update; the budget counts the rectangle of all adapters.
+
+        Within the update each adapter's examples stand by length: rectangles have little padding.
+        """
+        chosen = [sorted((own[index] for index in indices), key=len) for own in self.sequences]
         normalisers = torch.tensor([sum(len(s) - s.answer_start for s in own) for own in chosen])
         for number, columns in enumerate(self._groups(chosen, token_budget)):
             rows = [own[column] for own in chosen for column in columns]

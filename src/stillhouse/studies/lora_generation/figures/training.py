@@ -32,7 +32,7 @@ def main(step: CurvesStep) -> None:
                 draw_term(axes, one, term, named(one, curves), styles)
             axes.set_title(title, fontsize=9)
             axes.set_xlabel("Training step (updates)")
-            axes.set_yscale("log")
+            axes.set_ylim(bottom=0)
         drawing.legend(*grid[0].get_legend_handles_labels(), loc="outside right center", fontsize=9)
         seeds = max(len(one.seeds) for one in curves)
         note = (
