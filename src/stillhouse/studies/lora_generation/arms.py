@@ -24,7 +24,7 @@ from stillhouse.studies.lora_generation.config import Arm
 from stillhouse.studies.lora_generation.examples import rows_of
 from stillhouse.studies.lora_generation.generators import Generator
 from stillhouse.studies.lora_generation.manifest import AdapterRow, read_collection
-from stillhouse.studies.lora_generation.prompts import PROMPTS_FILE, SolvedPrompt, read_solved_prompts
+from stillhouse.studies.lora_generation.prompts import PROMPTS_FILE, SolvedPrompt, read_prompts, read_solved_prompts
 from stillhouse.studies.lora_generation.results import Subject
 from stillhouse.studies.lora_generation.teacher_settings import ShardSettings
 from stillhouse.studies.lora_generation.text_encoder import PromptEncoder
@@ -68,7 +68,7 @@ class Collection:
         return [row for row in self.rows if row.shard >= first and row.step == last]
 
     def solved(self, row: AdapterRow) -> list[SolvedPrompt]:
-        """The prompts that stand for an adapter, as many as generators read."""
+        """The first prompts that stand for an adapter, as many as the headline's generators read."""
         path = self.directory / row.name / PROMPTS_FILE
         prompts = read_solved_prompts(path)
         if len(prompts) < self.prompts:
@@ -80,6 +80,10 @@ class Collection:
     def texts(self, row: AdapterRow) -> list[str]:
         """Their texts alone."""
         return [one.prompt for one in self.solved(row)]
+
+    def offered(self, row: AdapterRow) -> list[str]:
+        """The texts of all prompts that stand for an adapter; a generator takes the first ones, as many as it reads."""
+        return read_prompts(self.directory / row.name / PROMPTS_FILE)
 
     def learnt_from(self, held_out: tuple[str, ...]) -> list[AdapterRow]:
         """What a generator that never sees some tasks learns from."""
@@ -128,7 +132,7 @@ def generated(
     """What a generator writes when it reads the prompts of each case; seconds from the prompts to the tensors."""
     entries = []
     for case in cases:
-        texts = collection.texts(case)
+        texts = collection.offered(case)
         adapter, seconds = _timed(lambda texts=texts: generator.generate(texts, collection.encoder))
         folder = collection.write(adapter, f"generated/{condition}/seed_{seed}/{case.task}/{case.shard}-{case.seed}")
         subject = _of(case, "generated", condition=condition, seed=seed, held_out=held_out)
