@@ -228,7 +228,7 @@ EMBEDDED: Overrides = {
         "training": {
             "steps": 6,
             "batch_size": 4,
-            "micro_batch_tokens": 2048,
+            "micro_batch_tokens": 512,
             "learning_rate": 3e-3,
             "lora": {"rank": 4, "alpha": 8, "target_modules": ["q_proj", "v_proj"]},
             "schedule": {"warmup_steps": 2},
@@ -241,12 +241,12 @@ EMBEDDED: Overrides = {
         "held_out_tasks": ["openbookqa"],
         "generator": {"prompts": 8, "width": 64, "layers": 1},
         "training": {
-            "steps": 16,
-            "batch_size": 3,
-            "learning_rate": 1e-3,
-            "schedule": {"warmup_steps": 2},
-            "save_every": 8,
-            "resume_every": 8,
+            "steps": 30,
+            "batch_size": 4,
+            "learning_rate": 5e-3,
+            "schedule": {"warmup_steps": 4},
+            "save_every": 15,
+            "resume_every": 15,
         },
     },
     "evaluation": {
