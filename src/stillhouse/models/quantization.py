@@ -52,7 +52,7 @@ def require_format(model: PreTrainedModel, weight_format: WeightFormat) -> None:
     """Raise UserError where the machine lacks what the format needs, or its groups do not divide a layer."""
     if objection := weight_format.objection(this_machine()):
         raise UserError(objection)
-    if weight_format.library == "bitsandbytes":
+    if weight_format.kind in ("nf4", "fp4"):
         return  # its blocks run over the flattened weight
     for name, layer in quantized_linears(model):
         if layer.in_features % weight_format.group:
