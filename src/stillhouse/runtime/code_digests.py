@@ -85,7 +85,7 @@ def _parents(module: str) -> list[str]:
 def _module_digest(module: str) -> str:
     tree = _syntax_tree(module)
     tree = _without_docstrings(tree)
-    if module.startswith(f"{PACKAGE}.config.") or module.endswith(".config"):
+    if module.startswith(f"{PACKAGE}.config.") or module.endswith((".config", "_settings")):
         tree = _without_values(tree)
     hasher = hashlib.sha256(_canonical(tree).encode())
     path = module_path(module)
