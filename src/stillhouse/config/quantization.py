@@ -47,8 +47,8 @@ class WeightFormat(StrictModel):
     kind: Annotated[
         FormatKind,
         Field(
-            description="int4: whole numbers (torchao's grid); nvfp4: 4-bit floats with 8-bit scales (torchao); nf4, fp4: "
-            "bitsandbytes."
+            description="int4: whole numbers (torchao's grid); nvfp4: 4-bit floats with 8-bit scales (torchao's); "
+            "nf4, fp4: bitsandbytes'."
         ),
     ] = "int4"
     group_size: Annotated[

@@ -74,9 +74,10 @@ def fake_quantize(weight: Tensor, weight_format: WeightFormat, dtype: torch.dtyp
         case "int4":
             return int4(weight, weight_format, dtype).dequantize().to(dtype)
         case "nvfp4":
-            return _through_nvfp4(weight).to(dtype)
+            rounded: Tensor = nvfp4(weight).dequantize(dtype)
+            return rounded
         case "nf4" | "fp4":
-            return _through_bitsandbytes(weight, weight_format.kind).to(dtype)
+            return _unpacked(*bitsandbytes_4bit(weight, weight_format.kind)).to(dtype)
 
 
 @torch.no_grad()
@@ -100,17 +101,26 @@ def int4(weight: Tensor, weight_format: WeightFormat, scale_dtype: torch.dtype) 
     return Int4Weight(codes, scale, zero_point)
 
 
-def _through_nvfp4(weight: Tensor) -> Tensor:
+@torch.no_grad()
+def nvfp4(weight: Tensor) -> Any:
+    """torchao's `NVFP4Tensor`: `qdata` two codes a byte, `scale` fp8 a group, `per_tensor_scale` fp32."""
     from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor, per_tensor_amax_to_scale
 
     scale = per_tensor_amax_to_scale(torch.linalg.vector_norm(weight, torch.inf))
-    rounded: Tensor = NVFP4Tensor.to_nvfp4(weight.contiguous(), per_tensor_scale=scale).dequantize()
-    return rounded
+    return NVFP4Tensor.to_nvfp4(weight.contiguous(), per_tensor_scale=scale)
 
 
-def _through_bitsandbytes(weight: Tensor, kind: str) -> Tensor:
+@torch.no_grad()
+def bitsandbytes_4bit(weight: Tensor, kind: str) -> tuple[Tensor, Any]:
+    """bitsandbytes' packed codes and its `QuantState`; kind: nf4 or fp4."""
     from bitsandbytes import functional
 
-    rounded: tuple[Tensor, Any] = functional.quantize_4bit(weight.contiguous(), blocksize=64, quant_type=kind)
-    values: Tensor = functional.dequantize_4bit(*rounded)
+    packed: tuple[Tensor, Any] = functional.quantize_4bit(weight.contiguous(), blocksize=64, quant_type=kind)
+    return packed
+
+
+def _unpacked(packed: Tensor, state: Any) -> Tensor:
+    from bitsandbytes import functional
+
+    values: Tensor = functional.dequantize_4bit(packed, state)
     return values

@@ -193,12 +193,17 @@ class RoundedLora(RoundedLayer, LoraLinear):
             return functional.linear(x, rounded, base.bias)
         lora_a, lora_b, scaling, dropout = self._adapter()
         if self.rounding.placement == "beside":
-            return functional.linear(x, rounded, base.bias) + scaling * lora_b(lora_a(dropout(x)))
+            return functional.linear(x, rounded, base.bias) + self._through_adapter(dropout(x))
         product: Tensor = _MergedProduct.apply(x, rounded, lora_a.weight, lora_b.weight, scaling)
         result = product if base.bias is None else product + base.bias
         if self.training and isinstance(dropout, nn.Dropout):
-            result = result + scaling * lora_b(lora_a(dropout(x) - x))
+            result = result + self._through_adapter(dropout(x) - x)
         return result
+
+    def _through_adapter(self, x: Tensor) -> Tensor:
+        lora_a, lora_b, scaling, _ = self._adapter()
+        added: Tensor = lora_b(lora_a(x.to(lora_a.weight.dtype))) * scaling
+        return added.to(x.dtype)
 
     def _adapter(self) -> tuple[nn.Linear, nn.Linear, float, nn.Module]:
         [name] = self.active_adapters

@@ -45,7 +45,7 @@ class DistillationSettings(StrictModel):
 
 
 class SamplingSettings(StrictModel):
-    """How answers are sampled in training, from the full vocabulary; the tokens that end an answer count as its last."""
+    """How answers are sampled in training, from the full vocabulary; the token that ends an answer belongs to it."""
 
     temperature: Annotated[float, Field(gt=0)] = 0.9
     min_new_tokens: Annotated[int, Field(ge=0, description="An answer does not end before.")] = 16
@@ -67,8 +67,8 @@ class TeacherSettings(StrictModel):
     targets: Annotated[
         Literal["cached", "online"],
         Field(
-            description="Targets of the data set's answers: from the teacher cache (its final hidden states), or from the "
-            "student's own base in each step."
+            description="Targets of the data set's answers: from the teacher cache (its final hidden states), or from "
+            "the student's own base in each step."
         ),
     ] = "cached"
     batch_tokens: Annotated[int, Field(ge=16, description="Token budget of one forward pass for the cache.")] = 8192

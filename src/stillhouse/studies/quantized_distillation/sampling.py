@@ -28,7 +28,7 @@ def with_sampled_answers(
     seed: int,
     step: int,
 ) -> list[Sequence]:
-    """The same prompts with answers that `model` samples, dropout off; a token of `stop_ids` ends one, and belongs to it."""
+    """The same prompts with answers that `model` samples, dropout off; a token of `stop_ids` ends one, its last."""
     uniforms = torch.stack(
         [
             torch.rand(
@@ -89,7 +89,7 @@ def sample(
 
 
 def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
-    """One token id per row of logits [rows, vocabulary], by inverting the cumulative distribution at `uniforms` [rows]."""
+    """A token id per row of logits [rows, vocabulary]: where the cumulative distribution passes `uniforms` [rows]."""
     cumulative = logits.double().softmax(-1).cumsum(-1)
     wanted = uniforms[:, None] * cumulative[:, -1:]  # rounding may leave the last sum off 1
     return torch.searchsorted(cumulative, wanted, right=True)[:, 0].clamp_(max=logits.shape[1] - 1)
