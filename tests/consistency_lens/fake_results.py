@@ -11,16 +11,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from stillhouse.evaluation.results_files import typed, write_items
 from stillhouse.runtime.files import write_json
 from stillhouse.studies.consistency_lens.config import EvaluationSettings
 from stillhouse.studies.consistency_lens.results import (
     BEST_OF,
+    ITEM_COLUMNS,
     LensFacts,
     ModelResults,
     measure,
     select_checkpoints,
-    typed,
-    write_items,
 )
 
 # Mean KL in nats and squared error over squared distance from the mean, by variant.
@@ -86,7 +86,7 @@ def fake_evaluation(
         selections=tuple(select_checkpoints(measurements, settings.selection)),
         measurements=tuple(measurements),
     )
-    write_items(rows, directory / "items.parquet")
+    write_items(rows, ITEM_COLUMNS, directory / "items.parquet")
     write_json(directory / "results.json", results.model_dump(mode="json"))
     return directory / "results.json"
 
@@ -133,7 +133,8 @@ def _rows(
                         "text_tokens": 7 if has_text else None,
                         "token_ids": [list(map(int, text)) if has_text else None for text in texts],
                     }
-                )
+                ),
+                ITEM_COLUMNS,
             )
         )
     return pd.concat(frames, ignore_index=True)

@@ -46,7 +46,7 @@ def finished(artefacts: Artefacts, tmp_path_factory: pytest.TempPathFactory) -> 
     lens = train_lens(artefacts, named, folder)
     step = evaluation_step(artefacts, named, (lens,), folder)
     evaluate.main(step)
-    return Finished(lens, named, step, load_evaluation(folder))
+    return Finished(lens, named, step, load_evaluation(folder / "results.json"))
 
 
 def load_lens(artefacts: Artefacts, finished: Finished, step: int) -> Lens:
@@ -170,7 +170,7 @@ def test_the_number_of_batches_limits_the_documents(artefacts: Artefacts, finish
     lenses = (finished.lens,)
     step = evaluation_step(artefacts, finished.activations, lenses, tmp_path, batches=1, split="validation")
     evaluate.main(step)
-    items = load_evaluation(tmp_path).items
+    items = load_evaluation(tmp_path / "results.json").items
     assert set(items.split) == {"validation"} and items.item_id.nunique() == 3
     assert not items.duplicated(["step", "variant", "item_id"]).any()
 
@@ -185,7 +185,8 @@ def test_other_activations_are_scored_and_those_of_another_layer_refused(
     )
     evaluate.main(step)
     ours = finished.evaluation.items.query("split == 'test' and variant == 'lens'").set_index("item_id").kl
-    theirs = load_evaluation(tmp_path).items.query("split == 'test' and variant == 'lens'").set_index("item_id").kl
+    rows = load_evaluation(tmp_path / "results.json").items
+    theirs = rows.query("split == 'test' and variant == 'lens'").set_index("item_id").kl
     assert sorted(ours.index) == sorted(theirs.index) and not ours.equals(theirs[ours.index])
     deeper = activation_settings(layer=2)
     activations.main(extraction_step(artefacts.model, artefacts.tokens, tmp_path / "deep", activations=deeper))
@@ -248,6 +249,6 @@ def test_items_of_several_seeds_share_their_documents(artefacts: Artefacts, fini
     second = train_lens(artefacts, finished.activations, tmp_path, seed=2)
     step = evaluation_step(artefacts, finished.activations, (finished.lens, second), tmp_path)
     evaluate.main(step)
-    items = load_evaluation(tmp_path).items.query("split == 'test' and variant == 'lens'")
+    items = load_evaluation(tmp_path / "results.json").items.query("split == 'test' and variant == 'lens'")
     by_seed = {seed: set(group.item_id) for seed, group in items.groupby("seed")}
     assert by_seed.keys() == {1, 2} and by_seed[1] == by_seed[2]

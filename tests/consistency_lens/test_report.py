@@ -34,7 +34,7 @@ def finding(section: str) -> str:
 def test_the_tables_agree_with_the_evaluation(tmp_path: Path) -> None:
     path = fake_evaluation(tmp_path / "evaluation")
     make(tmp_path, path)
-    results = load_evaluation(path.parent).results
+    results = load_evaluation(path).results
     [lens] = results.headline()
     [row] = rows(tmp_path / "tables" / "lenses.csv")
     assert float(row["kl"]) == pytest.approx(lens.kl.value, rel=1e-5)

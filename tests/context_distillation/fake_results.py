@@ -13,13 +13,14 @@ import numpy as np
 import pandas as pd
 
 from stillhouse.config.evaluation import EngineSettings
+from stillhouse.evaluation.results_files import write_items
 from stillhouse.runtime.files import write_json
 from stillhouse.studies.context_distillation.config import BASE_CONDITIONS, CONDITIONS, EvaluationSettings
 from stillhouse.studies.context_distillation.results import (
+    ITEM_COLUMNS,
     ModelResults,
     measure,
     select_checkpoints,
-    write_items,
 )
 
 ALL_CONDITIONS = (*BASE_CONDITIONS, *CONDITIONS)
@@ -82,7 +83,7 @@ def fake_evaluation(
         measurements=tuple(measurements),
     )
     directory.mkdir(parents=True, exist_ok=True)
-    write_items(items, directory / "items.parquet")
+    write_items(items, ITEM_COLUMNS, directory / "items.parquet")
     write_json(directory / "results.json", results.model_dump(mode="json"))
     return directory / "results.json"
 

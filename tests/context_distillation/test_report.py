@@ -31,7 +31,7 @@ def rows(path: Path) -> list[dict[str, str]]:
 def test_the_tables_agree_with_the_evaluation(tmp_path: Path) -> None:
     path = fake_evaluation(tmp_path / "evaluation")
     make(tmp_path, path)
-    results = load_evaluation(path.parent).results
+    results = load_evaluation(path).results
     table = {row["condition"]: row for row in rows(tmp_path / "tables" / "headline.csv")}
     assert list(table)[:3] == ["base, zero-shot", "base, 4-shot", "base, 8-shot"]
     for measurement in results.headline("test"):

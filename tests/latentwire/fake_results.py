@@ -11,18 +11,19 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from stillhouse.evaluation.results_files import write_items
 from stillhouse.runtime.files import write_json
 from stillhouse.studies.latentwire.config import ARMS, Arm, EvaluationSettings
 from stillhouse.studies.latentwire.curves import DiagnosticsRow, ReaderDiagnostics, append_diagnostics
 from stillhouse.studies.latentwire.results import (
     COMBINED,
+    ITEM_COLUMNS,
     ChannelFacts,
     PairResults,
     ReaderFacts,
     Subject,
     measure,
     select_checkpoints,
-    write_items,
 )
 
 READERS = ("smollm2_135m", "gemma3_270m")
@@ -87,7 +88,7 @@ def fake_evaluation(
         selections=tuple(select_checkpoints(measurements, settings.selection)),
         measurements=tuple(measurements),
     )
-    write_items(rows, directory / "items.parquet")
+    write_items(rows, ITEM_COLUMNS, directory / "items.parquet")
     write_json(directory / "results.json", results.model_dump(mode="json"))
     return directory / "results.json"
 

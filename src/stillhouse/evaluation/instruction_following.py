@@ -1,7 +1,7 @@
 """Whether an output obeys the verifiable constraints of its prompt, by lm-evaluation-harness's own IFEval checks.
 
-Beside `scorers`, and apart from it because the harness, its language detection and a sentence tokenizer are needed for
-this task alone: `pip install lm-eval[ifeval]` and `python -m nltk.downloader punkt_tab`.
+Beside `scorers`, and apart from it because the checks need a sentence tokenizer that no package carries:
+`python -m nltk.downloader punkt_tab`.
 """
 
 from __future__ import annotations
@@ -13,17 +13,11 @@ from stillhouse.runtime.errors import UserError
 
 
 def check_instruction_scorer() -> None:
-    """Raise `UserError` where a part that the checks need is missing, and say how to install it."""
-    try:
-        import langdetect  # noqa: F401
-        import nltk
-        from lm_eval.tasks.ifeval import instructions_registry  # noqa: F401
+    """Raise `UserError` where the sentence tokenizer is missing, and say how to install it."""
+    import nltk
 
+    try:
         nltk.data.find("tokenizers/punkt_tab")
-    except ImportError as error:
-        raise UserError(
-            f"task instruction_following: {error.name} is not installed: pip install 'lm-eval[ifeval]==0.4.13'"
-        ) from None
     except LookupError:
         raise UserError(
             "task instruction_following: nltk's sentence tokenizer is missing: python -m nltk.downloader punkt_tab"

@@ -159,6 +159,12 @@ def write_manifest(directory: Path, extra: Mapping[str, Any] | None = None) -> d
     return manifest
 
 
+def recorded_digests(folder: Path) -> dict[str, str]:
+    """The sha256 of each file of a `folder` (a checkpoint) by the manifest of the directory that it stands in."""
+    files = read_json(folder.parent / MANIFEST)["files"]
+    return {name: file["sha256"] for name, file in files.items() if name.startswith(f"{folder.name}/")}
+
+
 def verify_manifest(directory: Path, pattern: str = "*") -> dict[str, Any]:
     """Check the files of `directory` whose names match `pattern` against its manifest and return it.
 

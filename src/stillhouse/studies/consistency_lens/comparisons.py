@@ -106,9 +106,8 @@ class Comparison:
 
 def load_evaluations(results: Sequence[Path]) -> list[Evaluation]:
     """The evaluation behind each `results.json`, its items indexed; `UserError` names a damaged file."""
-    loaded = [load_evaluation(path.parent) for path in results]
     index = ["condition", "seed", "step", "split", "variant", "item_id"]
-    return [Evaluation(one.results, one.items.set_index(index).sort_index()) for one in loaded]
+    return [load_evaluation(path).indexed(index) for path in results]
 
 
 def subjects(evaluations: Sequence[Evaluation]) -> list[Subject]:

@@ -16,6 +16,7 @@ import torch
 
 from stillhouse.config.base import StrictModel
 from stillhouse.config.training import TrackingSettings
+from stillhouse.evaluation.results_files import Selection, write_items, write_part
 from stillhouse.models.activations import swapped
 from stillhouse.models.loading import frozen, load_tokenizer
 from stillhouse.runtime.code_digests import code_digests
@@ -23,10 +24,9 @@ from stillhouse.runtime.commands import run_step
 from stillhouse.runtime.digests import short_digest
 from stillhouse.runtime.errors import UserError
 from stillhouse.runtime.files import (
-    MANIFEST,
-    atomic_write_bytes,
     atomic_write_text,
     read_json,
+    recorded_digests,
     staged_directory,
     verify_manifest,
     write_json,
@@ -39,15 +39,14 @@ from stillhouse.studies.consistency_lens.data import CachedExamples, Example, dr
 from stillhouse.studies.consistency_lens.model import Lens, embedding_matrix
 from stillhouse.studies.consistency_lens.results import (
     BEST_OF,
+    ITEM_COLUMNS,
     LENS,
     MEAN,
     ZERO,
     LensFacts,
     ModelResults,
-    Selection,
     measure,
     select_checkpoints,
-    write_items,
 )
 from stillhouse.studies.consistency_lens.samples import (
     TABLE_COLUMNS,
@@ -126,7 +125,7 @@ def main(step: EvaluateStep) -> None:
         # On the validation split the lens and its baselines were scored twice; the full scores stand.
         items = items.drop_duplicates(["condition", "seed", "step", "split", "variant", "item_id"], keep="last")
         items = items.assign(model=step.model_name)
-        write_items(items, step.item_scores)
+        write_items(items, ITEM_COLUMNS, step.item_scores)
         samples = [sample for _, sample in chosen]
         results = ModelResults(
             model=step.model_name,
@@ -195,7 +194,7 @@ class EvaluationJob:
                 logger.info("%s, step %d on validation", subject, step)
                 lens, examples = self._lens(subject, step), self._examples(subject, "validation")
                 rows = self._score(subject, lens, examples, self._lens_and_baselines(subject, lens, examples))
-                atomic_write_bytes(part, rows.to_parquet(index=False))
+                write_part(rows, part)
             frames.append(self._identified(part, subject, step, "validation"))
         return pd.concat(frames, ignore_index=True)
 
@@ -219,7 +218,7 @@ class EvaluationJob:
                 samples=tuple(self._samples(subject, lens, examples[: self.settings.verbose_samples])),
             )
             atomic_write_text(shown, samples.model_dump_json())
-            atomic_write_bytes(part, rows.to_parquet(index=False))
+            write_part(rows, part)
         rows = self._identified(part, subject, step, self.settings.split)
         return rows, LensSamples.model_validate(read_json(shown))
 
@@ -340,12 +339,9 @@ class EvaluationJob:
 
     def _part(self, subject: Subject, step: int, split: str, read: set[str]) -> Path:
         """Where a checkpoint's rows are kept: named by what determines them, of the settings those that are `read`."""
-        checkpoint = subject.checkpoints[step]
-        files = read_json(checkpoint.parent / MANIFEST)["files"]
-        weights = {name: file["sha256"] for name, file in files.items() if name.startswith(f"{checkpoint.name}/")}
         facts = {
             **self._facts,
-            "weights": weights,
+            "weights": recorded_digests(subject.checkpoints[step]),
             "run": subject.run.model_dump(mode="json", include={"lens", "training"}),
             "activations": data_digest(subject.activations),
             "split": split,

@@ -8,23 +8,21 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Literal
 
 import pandas as pd
-from pydantic import ValidationError
 
 from stillhouse.config.base import StrictModel
+from stillhouse.evaluation import results_files
+from stillhouse.evaluation.results_files import Interval, Selection
 from stillhouse.evaluation.statistics import (
     Estimate,
     bootstrap_mean_interval,
     bootstrap_ratio_interval,
     wilson_interval,
 )
-from stillhouse.runtime.errors import UserError
-from stillhouse.runtime.files import disk_errors, read_json
 
 Split = Literal["validation", "test"]
 LENS, MEAN, ZERO = "lens", "mean", "zero"
@@ -61,21 +59,6 @@ ITEM_COLUMNS = {
     "token_ids": "object",
 }
 SUBJECT_COLUMNS = ["condition", "seed", "step", "split", "variant"]
-
-
-class Interval(StrictModel):
-    """A value over n items with its 95 % interval."""
-
-    n: int
-    value: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, estimate: Estimate) -> Interval:
-        """The estimate, rounded for the file."""
-        value, low, high = (float(f"{number:.7g}") for number in (estimate.value, estimate.low, estimate.high))
-        return cls(n=estimate.n, value=value, low=low, high=high)
 
 
 class Diversity(StrictModel):
@@ -127,14 +110,6 @@ class LensFacts(StrictModel):
     language_model_positions: str
 
 
-class Selection(StrictModel):
-    """The checkpoint of one lens that is scored with all controls."""
-
-    condition: str
-    seed: int
-    step: int
-
-
 class ModelResults(StrictModel):
     """`results.json`: everything that was measured of one model."""
 
@@ -164,40 +139,12 @@ class ModelResults(StrictModel):
         return sorted(chosen, key=lambda one: (order.index(one.condition), one.seed))
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """A model's results with the per-item rows behind them."""
-
-    results: ModelResults
-    items: pd.DataFrame
+Evaluation = results_files.Evaluation[ModelResults]
 
 
-def load_evaluation(directory: Path) -> Evaluation:
-    """Read `results.json` and `items.parquet`; a damaged file is a `UserError` that names it."""
-    path = directory / "results.json"
-    try:
-        results = ModelResults.model_validate(read_json(path))
-    except ValidationError as error:
-        raise UserError(
-            f"{path}: is not a result of this version ({error.error_count()} faults): run evaluate"
-        ) from None
-    try:
-        items = pd.read_parquet(directory / "items.parquet")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{directory / 'items.parquet'}: cannot be read ({error}): delete it and run again") from None
-    return Evaluation(results, items)
-
-
-def write_items(items: pd.DataFrame, path: Path) -> None:
-    """Write per-item rows with their fixed columns and types."""
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        typed(items)[list(ITEM_COLUMNS)].to_parquet(path, index=False)
-
-
-def typed(items: pd.DataFrame) -> pd.DataFrame:
-    """Rows with the types of `ITEM_COLUMNS`, so that a column without values joins others as what it is."""
-    return items.astype({name: kind for name, kind in ITEM_COLUMNS.items() if name in items})
+def load_evaluation(results: Path) -> Evaluation:
+    """Read a model's `results.json` and the rows beside it; a missing or damaged file is a `UserError`."""
+    return results_files.load_evaluation(ModelResults, results)
 
 
 def measure(items: pd.DataFrame) -> list[Measurement]:

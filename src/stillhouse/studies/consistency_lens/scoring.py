@@ -16,10 +16,11 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from stillhouse.evaluation.results_files import typed
 from stillhouse.runtime.seeds import derived_seed
 from stillhouse.studies.consistency_lens.data import Example, pad_contexts
 from stillhouse.studies.consistency_lens.model import Lens
-from stillhouse.studies.consistency_lens.results import typed
+from stillhouse.studies.consistency_lens.results import ITEM_COLUMNS
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,9 @@ def score(
             }
             columns = {name: c.cpu().numpy() if isinstance(c, Tensor) else c for name, c in columns.items()}
             texts = None if variant.token_ids is None else variant.token_ids[rows]
-            frames.append(typed(pd.DataFrame(columns | text_columns(lens.original, texts, tokenizer, len(batch)))))
+            frames.append(
+                typed(pd.DataFrame(columns | text_columns(lens.original, texts, tokenizer, len(batch))), ITEM_COLUMNS)
+            )
     return pd.concat(frames, ignore_index=True)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from stillhouse.evaluation.results_files import Interval
 from stillhouse.evaluation.statistics import bootstrap_ratio_interval
 from stillhouse.reporting.tables import Cell, Column, Table
 from stillhouse.studies.consistency_lens.comparisons import (
@@ -15,7 +16,7 @@ from stillhouse.studies.consistency_lens.comparisons import (
     top1,
     variance_explained,
 )
-from stillhouse.studies.consistency_lens.results import BEST_OF, CONTROLS, LENS, ZERO, Interval
+from stillhouse.studies.consistency_lens.results import BEST_OF, CONTROLS, LENS, ZERO
 
 NAMES = (Column("model"), Column("condition"))
 

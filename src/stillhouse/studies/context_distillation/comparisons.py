@@ -117,8 +117,7 @@ def load_evaluations(results: Sequence[Path]) -> list[Evaluation]:
 
     Raises `UserError` that names a missing or damaged file.
     """
-    loaded = [load_evaluation(path.parent) for path in results]
-    return [Evaluation(one.results, one.items.set_index([*ITEM_INDEX, "item_id"]).sort_index()) for one in loaded]
+    return [load_evaluation(path).indexed([*ITEM_INDEX, "item_id"]) for path in results]
 
 
 def headline(evaluation: Evaluation, split: str = "test") -> list[Subject]:

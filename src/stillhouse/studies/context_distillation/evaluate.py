@@ -24,6 +24,7 @@ from stillhouse.data.records import Problem, read_problems
 from stillhouse.evaluation.engines import GenerationEngine, open_engine
 from stillhouse.evaluation.instruction_following import check_instruction_scorer, score_instructions
 from stillhouse.evaluation.perplexity import answer_nll
+from stillhouse.evaluation.results_files import write_items, write_part
 from stillhouse.evaluation.scorers import (
     published_correct,
     score_boxed_answer,
@@ -36,10 +37,8 @@ from stillhouse.runtime.code_digests import code_digests
 from stillhouse.runtime.commands import run_step
 from stillhouse.runtime.digests import short_digest
 from stillhouse.runtime.files import (
-    MANIFEST,
-    atomic_write_bytes,
-    disk_errors,
     read_json,
+    recorded_digests,
     verify_manifest,
     write_json,
 )
@@ -47,12 +46,12 @@ from stillhouse.runtime.logs import logger
 from stillhouse.runtime.records import RunRecord, data_digest
 from stillhouse.studies.context_distillation.config import EvaluationSettings
 from stillhouse.studies.context_distillation.results import (
+    ITEM_COLUMNS,
     SUBJECT_COLUMNS,
     ModelResults,
     measure,
     select_checkpoints,
     transfer_split,
-    write_items,
 )
 
 MODULE = "stillhouse.studies.context_distillation.evaluate"
@@ -129,7 +128,7 @@ def main(step: EvaluateStep) -> None:
         rows = job.gold_nll(subjects).merge(job.answers(subjects), on=ITEM_KEY, how="left", validate="1:1")
         items = rows.assign(model=step.model_name)
         measurements = measure(items)
-        write_items(items, step.item_scores)
+        write_items(items, ITEM_COLUMNS, step.item_scores)
         results = ModelResults(
             model=step.model_name,
             model_note=step.model_note,
@@ -306,10 +305,7 @@ class EvaluationJob:
 
     def _part(self, subject: Subject, facts: Mapping[str, object]) -> Path:
         """Where a subject's rows are kept: named by everything that determines them."""
-        weights = {}
-        if subject.checkpoint:
-            files = read_json(subject.checkpoint.parent / MANIFEST)["files"]
-            weights = {n: f["sha256"] for n, f in files.items() if n.startswith(f"{subject.checkpoint.name}/")}
+        weights = recorded_digests(subject.checkpoint) if subject.checkpoint else {}
         key = short_digest({**self._facts, **facts, "weights": weights, "shots": subject.shots}, 24)
         return self.step.work / f"{key}.parquet"
 
@@ -324,13 +320,6 @@ class EvaluationJob:
         if "engine" in rows:
             self.engine = " and ".join(sorted(rows.pop("engine").unique()))
         return rows
-
-
-def write_part(rows: pd.DataFrame, path: Path) -> None:
-    """Keep one subject's rows, whole or not at all."""
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write_bytes(path, rows.to_parquet(index=False))
 
 
 if __name__ == "__main__":

@@ -5,16 +5,14 @@ Stands between `evaluate`, which writes both, and `report` and `figures`, which 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
-from pydantic import ValidationError
 
 from stillhouse.config.base import StrictModel
-from stillhouse.evaluation.statistics import Estimate, bootstrap_ratio_interval, wilson_interval
-from stillhouse.runtime.errors import UserError
-from stillhouse.runtime.files import disk_errors, read_json
+from stillhouse.evaluation import results_files
+from stillhouse.evaluation.results_files import Interval, Selection
+from stillhouse.evaluation.statistics import bootstrap_ratio_interval, wilson_interval
 
 TRANSFER = "transfer:"
 
@@ -39,24 +37,16 @@ ITEM_COLUMNS = {
 SUBJECT_COLUMNS = ["condition", "seed", "step", "shots"]
 
 
-class Count(StrictModel):
+class Count(Interval):
     """A proportion of items with Wilson's 95 % interval."""
 
     count: int
-    n: int
-    value: float
-    low: float
-    high: float
 
 
-class PerToken(StrictModel):
+class PerToken(Interval):
     """Nats per gold answer token with a 95 % bootstrap interval over items."""
 
-    n: int
     tokens: int
-    value: float
-    low: float
-    high: float
 
 
 class Measurement(StrictModel):
@@ -73,14 +63,6 @@ class Measurement(StrictModel):
     marker: Count | None
     finished: Count | None
     mean_output_tokens: float | None
-
-
-class Selection(StrictModel):
-    """The headline checkpoint of one trained condition and seed."""
-
-    condition: str
-    seed: int
-    step: int
 
 
 class ModelResults(StrictModel):
@@ -117,39 +99,17 @@ class ModelResults(StrictModel):
         return [split.removeprefix(TRANSFER) for split in splits if split.startswith(TRANSFER)]
 
 
+Evaluation = results_files.Evaluation[ModelResults]
+
+
 def transfer_split(dataset: str) -> str:
     """How rows and measurements of a further data set name their split; the others are validation and test."""
     return f"{TRANSFER}{dataset}"
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """A model's results with the per-item rows behind them."""
-
-    results: ModelResults
-    items: pd.DataFrame
-
-
-def load_evaluation(directory: Path) -> Evaluation:
-    """Read `results.json` and `items.parquet`; a damaged file is a `UserError` that names it."""
-    path = directory / "results.json"
-    try:
-        results = ModelResults.model_validate(read_json(path))
-    except ValidationError as error:
-        raise UserError(
-            f"{path}: is not a result of this version ({error.error_count()} faults): run evaluate"
-        ) from None
-    try:
-        items = pd.read_parquet(directory / "items.parquet")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{directory / 'items.parquet'}: cannot be read ({error}): delete it and run again") from None
-    return Evaluation(results, items)
-
-
-def write_items(items: pd.DataFrame, path: Path) -> None:
-    """Write per-item rows with their fixed columns and types."""
-    with disk_errors(path):
-        items[list(ITEM_COLUMNS)].astype(ITEM_COLUMNS).to_parquet(path, index=False)
+def load_evaluation(results: Path) -> Evaluation:
+    """Read a model's `results.json` and the rows beside it; a missing or damaged file is a `UserError`."""
+    return results_files.load_evaluation(ModelResults, results)
 
 
 def measure(items: pd.DataFrame) -> list[Measurement]:
@@ -165,7 +125,7 @@ def measure(items: pd.DataFrame) -> list[Measurement]:
                 step=step,
                 shots=shots,
                 split=split,
-                gold_nll=PerToken(n=nll.n, tokens=int(group["gold_tokens"].sum()), **_interval(nll)),
+                gold_nll=PerToken.of(nll, tokens=int(group["gold_tokens"].sum())),
                 strict=_count(generated["strict_correct"]),
                 flexible=_count(generated["flexible_correct"]),
                 marker=_count(generated["wrote_marker"]),
@@ -197,8 +157,4 @@ def _count(values: pd.Series) -> Count | None:
     if values.empty:
         return None
     successes = int(values.sum())
-    return Count(count=successes, n=len(values), **_interval(wilson_interval(successes, len(values))))
-
-
-def _interval(estimate: Estimate) -> dict[str, float]:
-    return {name: round(getattr(estimate, name), 6) for name in ("value", "low", "high")}
+    return Count.of(wilson_interval(successes, len(values)), count=successes)

@@ -17,15 +17,13 @@ import pandas as pd
 
 from stillhouse.config.base import StrictModel
 from stillhouse.evaluation.reading_comprehension import squad_version
+from stillhouse.evaluation.results_files import Selection, write_items, write_part
 from stillhouse.models.loading import load_tokenizer
 from stillhouse.runtime.code_digests import code_digests
 from stillhouse.runtime.commands import run_step
 from stillhouse.runtime.digests import short_digest
 from stillhouse.runtime.files import (
-    MANIFEST,
-    atomic_write_bytes,
-    disk_errors,
-    read_json,
+    recorded_digests,
     staged_directory,
     verify_manifest,
     write_json,
@@ -41,17 +39,16 @@ from stillhouse.studies.latentwire.laboratory import ChannelRun, Laboratory
 from stillhouse.studies.latentwire.results import (
     AGREEMENT,
     COMBINED,
+    ITEM_COLUMNS,
     JOINT,
     SUBJECT_COLUMNS,
     ChannelFacts,
     PairResults,
     ReaderFacts,
-    Selection,
     Split,
     Subject,
     measure,
     select_checkpoints,
-    write_items,
 )
 from stillhouse.studies.latentwire.wire import WireFormat, message_bytes
 
@@ -93,7 +90,7 @@ def main(step: EvaluateStep) -> None:
         rows = pd.concat([job.score(chosen, "test"), candidates], ignore_index=True)
         # A checkpoint that was chosen on the test split has its rows in both; the first are complete.
         items = rows.drop_duplicates([*SUBJECT_COLUMNS, "split", "item_id"]).assign(pair=step.pair)
-        write_items(items, step.item_scores)
+        write_items(items, ITEM_COLUMNS, step.item_scores)
         job.write_messages(step.wire, chosen)
         results = PairResults(
             pair=step.pair,
@@ -308,10 +305,7 @@ class EvaluationJob:
         weights = {}
         if subject.condition:
             run = self.runs[subject.condition, subject.seed]
-            name = run.checkpoints[subject.step].name
-            files = read_json(run.directory / MANIFEST)["files"]
-            weights = {n: f["sha256"] for n, f in files.items() if n.startswith(f"{name}/")}
-            weights["run"] = short_digest(run.run.leaves())
+            weights = recorded_digests(run.checkpoints[subject.step]) | {"run": short_digest(run.run.leaves())}
         facts = {
             "kind": kind,
             "subject": subject.key,
@@ -321,13 +315,6 @@ class EvaluationJob:
             "weights": weights,
         }
         return self.step.work / f"{short_digest({**self._facts, **facts}, 24)}.parquet"
-
-
-def write_part(rows: pd.DataFrame, path: Path) -> None:
-    """Keep one subject's rows, whole or not at all."""
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write_bytes(path, rows.to_parquet(index=False))
 
 
 if __name__ == "__main__":

@@ -12,17 +12,16 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
-from pydantic import ValidationError
 
 from stillhouse.config.base import StrictModel
+from stillhouse.evaluation import results_files
+from stillhouse.evaluation.results_files import Interval, Selection, typed
 from stillhouse.evaluation.statistics import (
     Estimate,
     bootstrap_mean_interval,
     bootstrap_ratio_interval,
     wilson_interval,
 )
-from stillhouse.runtime.errors import UserError
-from stillhouse.runtime.files import disk_errors, read_json
 from stillhouse.studies.latentwire.config import Arm, WireKind
 
 Split = Literal["validation", "test"]
@@ -88,15 +87,6 @@ class Subject:
         return f"{self.arm}{channel}{f' of {self.budget}' if self.budget else ''}, read by {self.reader}"
 
 
-class Interval(StrictModel):
-    """A mean over n items with its 95 % bootstrap interval."""
-
-    value: float
-    low: float
-    high: float
-    n: int
-
-
 class Measurement(StrictModel):
     """One subject on one split. Shares are of one; None where the arm does not have the measure."""
 
@@ -125,14 +115,6 @@ class Measurement(StrictModel):
     def subject(self) -> Subject:
         """What was measured."""
         return Subject(**{name: getattr(self, name) for name in SUBJECT_COLUMNS})
-
-
-class Selection(StrictModel):
-    """The checkpoint of every reported number of one channel."""
-
-    condition: str
-    seed: int
-    step: int
 
 
 class ChannelFacts(StrictModel):
@@ -188,42 +170,19 @@ class PairResults(StrictModel):
         return sorted(chosen, key=lambda m: (m.budget, m.condition, m.seed, m.bytes or 0))
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """A pair's results with the per-item rows behind them, indexed by subject, split and item."""
-
-    results: PairResults
-    items: pd.DataFrame
+Evaluation = results_files.Evaluation[PairResults]
 
 
 def load_evaluation(results: Path) -> Evaluation:
-    """Read `results.json` and the `items.parquet` beside it; a missing or damaged file is a `UserError`."""
-    try:
-        pair = PairResults.model_validate(read_json(results))
-    except ValidationError as error:
-        raise UserError(
-            f"{results}: is not a result of this version ({error.error_count()} faults): run evaluate"
-        ) from None
-    path = results.parent / "items.parquet"
-    try:
-        items = pd.read_parquet(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}): delete it and run again") from None
-    return Evaluation(pair, items.set_index([*SUBJECT_COLUMNS, "split", "item_id"]).sort_index())
-
-
-def write_items(items: pd.DataFrame, path: Path) -> None:
-    """Write per-item rows with their fixed columns and types."""
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _typed(items).to_parquet(path, index=False)
+    """Read a pair's `results.json` and its rows, indexed by subject, split and item; damage is a `UserError`."""
+    return results_files.load_evaluation(PairResults, results).indexed([*SUBJECT_COLUMNS, "split", "item_id"])
 
 
 def measure(items: pd.DataFrame) -> list[Measurement]:
     """One measurement per subject and split."""
     return [
         _measurement(Subject(*key[:-1]), key[-1], group)
-        for key, group in _typed(items).groupby([*SUBJECT_COLUMNS, "split"], sort=True)
+        for key, group in typed(items, ITEM_COLUMNS).groupby([*SUBJECT_COLUMNS, "split"], sort=True)
     ]
 
 
@@ -246,10 +205,6 @@ def select_checkpoints(measurements: list[Measurement], rule: str) -> list[Selec
             best = max(steps, key=lambda step: (sum(m.f1.value for m in runs[step] if m.f1), -step))
         selections.append(Selection(condition=condition, seed=seed, step=best))
     return selections
-
-
-def _typed(items: pd.DataFrame) -> pd.DataFrame:
-    return items.reindex(columns=list(ITEM_COLUMNS)).astype(ITEM_COLUMNS)
 
 
 def _measurement(subject: Subject, split: Split, rows: pd.DataFrame) -> Measurement:
@@ -283,18 +238,18 @@ def share_interval(values: ArrayLike) -> Estimate:
 
 def _mean(values: pd.Series) -> Interval | None:
     values = values.dropna()
-    return None if values.empty else _interval(share_interval(values))
+    return None if values.empty else Interval.of(share_interval(values))
 
 
 def _rate(values: pd.Series) -> Interval | None:
     values = values.dropna()
-    return None if values.empty else _interval(wilson_interval(int(values.sum()), len(values)))
+    return None if values.empty else Interval.of(wilson_interval(int(values.sum()), len(values)))
 
 
 def _per_token(gold: pd.DataFrame) -> Interval | None:
     if gold.empty:
         return None
-    return _interval(bootstrap_ratio_interval(gold["gold_nll"].astype(float), gold["gold_tokens"].astype(float)))
+    return Interval.of(bootstrap_ratio_interval(gold["gold_nll"].astype(float), gold["gold_tokens"].astype(float)))
 
 
 def _top_share(tokens: pd.Series) -> float | None:
@@ -306,7 +261,3 @@ def _top_share(tokens: pd.Series) -> float | None:
 def _plain_mean(values: pd.Series) -> float | None:
     values = values.dropna()
     return None if values.empty else round(float(values.astype(float).mean()), 6)
-
-
-def _interval(estimate: Estimate) -> Interval:
-    return Interval(n=estimate.n, **{name: round(getattr(estimate, name), 6) for name in ("value", "low", "high")})

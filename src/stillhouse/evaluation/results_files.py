@@ -1,0 +1,90 @@
+"""The two files that every evaluation leaves: `results.json`, what was measured, and `items.parquet`, row by row.
+
+Stands between a study's `evaluate`, which writes both, and its `report` and `figures`, which read nothing else; what
+they hold is the study's `results.py`. No torch here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Generic, Self, TypeVar
+
+import pandas as pd
+from pydantic import ValidationError
+
+from stillhouse.config.base import StrictModel
+from stillhouse.evaluation.statistics import Estimate
+from stillhouse.runtime.errors import UserError
+from stillhouse.runtime.files import atomic_write_bytes, disk_errors, read_json
+
+Results = TypeVar("Results", bound=StrictModel)
+
+
+class Interval(StrictModel):
+    """A value over n items with its 95 % interval."""
+
+    n: int
+    value: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, estimate: Estimate, **further: Any) -> Self:
+        """The estimate, rounded for the file, with a subclass's `further` fields."""
+        value, low, high = (float(f"{number:.7g}") for number in (estimate.value, estimate.low, estimate.high))
+        return cls(n=estimate.n, value=value, low=low, high=high, **further)
+
+
+class Selection(StrictModel):
+    """The checkpoint that stands for one trained condition and seed."""
+
+    condition: str
+    seed: int
+    step: int
+
+
+@dataclass(frozen=True)
+class Evaluation(Generic[Results]):
+    """Results with the per-item rows behind them."""
+
+    results: Results
+    items: pd.DataFrame
+
+    def indexed(self, columns: Sequence[str]) -> Self:
+        """The same with its rows indexed and sorted by `columns`."""
+        return replace(self, items=self.items.set_index(list(columns)).sort_index())
+
+
+def load_evaluation(kind: type[Results], results: Path) -> Evaluation[Results]:
+    """Read `results.json` and the `items.parquet` beside it; a missing or damaged file is a `UserError`."""
+    try:
+        read = kind.model_validate(read_json(results))
+    except ValidationError as error:
+        raise UserError(
+            f"{results}: is not a result of this version ({error.error_count()} faults): run evaluate"
+        ) from None
+    path = results.parent / "items.parquet"
+    try:
+        items = pd.read_parquet(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}): delete it and run again") from None
+    return Evaluation(read, items)
+
+
+def typed(items: pd.DataFrame, columns: Mapping[str, str]) -> pd.DataFrame:
+    """The rows with all `columns` and their types, so that a column without values joins others as what it is."""
+    return items.reindex(columns=list(columns)).astype(columns)
+
+
+def write_items(items: pd.DataFrame, columns: Mapping[str, str], path: Path) -> None:
+    """Write per-item rows with their fixed columns and types."""
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        typed(items, columns).to_parquet(path, index=False)
+
+
+def write_part(rows: pd.DataFrame, path: Path) -> None:
+    """Keep one subject's rows where the next attempt finds them: whole, or not at all."""
+    atomic_write_bytes(path, rows.to_parquet(index=False))
