@@ -103,7 +103,7 @@ def int4(weight: Tensor, weight_format: WeightFormat, scale_dtype: torch.dtype) 
 
 @torch.no_grad()
 def nvfp4(weight: Tensor) -> Any:
-    """torchao's `NVFP4Tensor`: `qdata` two codes a byte, `scale` fp8 a group, `per_tensor_scale` fp32."""
+    """The weight as torchao's `NVFP4Tensor`: `qdata` two codes a byte, `scale` fp8 a group, `per_tensor_scale` fp32."""
     from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor, per_tensor_amax_to_scale
 
     scale = per_tensor_amax_to_scale(torch.linalg.vector_norm(weight, torch.inf))
@@ -112,7 +112,7 @@ def nvfp4(weight: Tensor) -> Any:
 
 @torch.no_grad()
 def bitsandbytes_4bit(weight: Tensor, kind: str) -> tuple[Tensor, Any]:
-    """bitsandbytes' packed codes and its `QuantState`; kind: nf4 or fp4."""
+    """The packed codes of bitsandbytes and its `QuantState`; kind: nf4 or fp4."""
     from bitsandbytes import functional
 
     packed: tuple[Tensor, Any] = functional.quantize_4bit(weight.contiguous(), blocksize=64, quant_type=kind)
