@@ -17,10 +17,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
+from lm_eval.evaluator import evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stillhouse.data.records import ChoiceQuestion
-from stillhouse.runtime.errors import UserError
 
 TASKS = Path(__file__).parent / "tasks"
 DATA_FILES = [
@@ -73,19 +75,8 @@ def score_choices(
     questions: Mapping[str, Items[ChoiceQuestion]],
     batch_size: int,
 ) -> dict[str, list[ChoiceScore]]:
-    """Each task's outcomes in the order of its questions; `model` is in memory and stays as it is.
-
-    Raises `UserError` where lm-eval is not installed.
-    """
+    """Each task's outcomes in the order of its questions; `model` is in memory and stays as it is."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every model that is in memory already
-    try:
-        from lm_eval.evaluator import evaluate
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise UserError(
-            f"evaluation.tasks: lm-eval cannot be imported ({error}): install the extra 'eval', or set tasks to {{}}"
-        ) from None
     with TemporaryDirectory() as folder:
         # Without the defaults, whose index takes seconds to build and names the hub's data.
         loaded = TaskManager(include_defaults=False).load(

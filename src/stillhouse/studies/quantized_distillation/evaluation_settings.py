@@ -75,6 +75,14 @@ class EvaluationSettings(StrictModel):
             raise ValueError(f"stride ({self.stride}) must not be above window ({self.window})")
         return self
 
+    @model_validator(mode="after")
+    def names_are_apart(self) -> EvaluationSettings:
+        """Refuse a text that is called like another set."""
+        taken = {"answers", *self.tasks} & set(self.texts)
+        if taken:
+            raise ValueError(f"texts: the name '{min(taken)}' is taken by another set: choose another")
+        return self
+
     def datasets(self) -> Iterator[tuple[str, tuple[str, ...]]]:
         """The data sets that are read, each with the key below this section that names it."""
         for name, task in self.tasks.items():
