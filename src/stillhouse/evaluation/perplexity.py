@@ -42,7 +42,8 @@ def sliding_windows(ids: list[int], window: int, stride: int, name: str = "windo
     """
     if len(ids) < 2:
         raise ValueError("a text needs two tokens: the first is context only")
-    windows, scored = [], 1
+    windows: list[Sequence] = []
+    scored = 1
     while scored < len(ids):
         end = min(len(ids), window if scored == 1 else scored + stride)
         start = max(0, end - window)

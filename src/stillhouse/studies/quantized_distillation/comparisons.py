@@ -148,7 +148,8 @@ def compare(
     paired = paired_difference_over_seeds(ours, theirs, first[1])
     if not measure.is_share:
         return paired
-    apart = (ours - theirs).mean(axis=0) / first[1] / len(first[1]) * first[1].sum()
+    # Items of a mean over tasks count by their task's size; together they count as many as they are.
+    apart = (ours - theirs).mean(axis=0) * paired.n / first[1].sum()
     whole = paired_rate_interval(apart.clip(min=0).sum(), -apart.clip(max=0).sum(), paired.n)
     low, high = min(paired.low, whole.low), max(paired.high, whole.high)
     return PairedComparison(paired.difference, low, high, paired.p_value, paired.n)

@@ -29,9 +29,10 @@ from stillhouse.runtime.files import verify_manifest, write_json
 from stillhouse.runtime.logs import logger
 from stillhouse.runtime.records import RunRecord, data_digest
 from stillhouse.studies.quantized_distillation.evaluation_settings import EvaluationSettings
-from stillhouse.studies.quantized_distillation.results import ITEM_COLUMNS, QuantizedResults, measure
+from stillhouse.studies.quantized_distillation.results import ITEM_COLUMNS, Kind, QuantizedResults, measure
 from stillhouse.studies.quantized_distillation.sets import (
     AnswerRendering,
+    MeasuredSet,
     TaskSet,
     TokenSet,
     answer_set,
@@ -133,7 +134,8 @@ class EvaluationJob:
     def rows(self, system: EvaluatedSystem) -> pd.DataFrame:
         """A system's rows on all of its sets, computed where no earlier attempt left them."""
         deployed = system.system.variant == "deployed"
-        sets: list[TokenSet | TaskSet] = [*self.texts, self.answers, *self.tasks] if deployed else self.texts[:1]
+        everything: list[MeasuredSet] = [*self.texts, self.answers, *self.tasks]
+        sets = everything if deployed else everything[:1]
         parts = {(one.kind, one.name): self._part(system, one) for one in sets}
         missing = [one for one in sets if not parts[one.kind, one.name].is_file()]
         self.kept += len(sets) - len(missing)
@@ -145,7 +147,7 @@ class EvaluationJob:
         return pd.concat(frames, ignore_index=True)
 
     def _compute(
-        self, system: EvaluatedSystem, missing: list[TokenSet | TaskSet], parts: dict[tuple[str, str], Path]
+        self, system: EvaluatedSystem, missing: list[MeasuredSet], parts: dict[tuple[Kind, str], Path]
     ) -> None:
         """Score one system on the sets that it lacks, each kept as soon as it is done."""
         step, settings = self.step, self.settings
@@ -175,7 +177,7 @@ class EvaluationJob:
         head = output_head(teacher)
         return OutputHead(head.weight.clone(), head.bias), states
 
-    def _part(self, system: EvaluatedSystem, one: TokenSet | TaskSet) -> Path:
+    def _part(self, system: EvaluatedSystem, one: MeasuredSet) -> Path:
         """Where a system's rows on a set are kept: named by everything that determines them."""
         key = short_digest({**self._determined_by, "system": system.digest, "kind": one.kind, "set": one.facts}, 16)
         return self.step.work / f"{key}.parquet"

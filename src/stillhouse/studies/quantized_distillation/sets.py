@@ -75,6 +75,9 @@ class TaskSet:
         return pd.DataFrame(records)
 
 
+MeasuredSet = TokenSet | TaskSet
+
+
 class AnswerRendering(StrictModel):
     """How the study's examples become sequences: the model's run settings before any condition."""
 
