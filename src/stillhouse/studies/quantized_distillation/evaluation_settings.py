@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from stillhouse.config.base import StrictModel
+from stillhouse.config.quantization import Machine, WeightFormat
 from stillhouse.config.training import Precision
 
 TaskName = Literal["hellaswag", "arc_easy", "arc_challenge", "winogrande", "mmlu"]
+
+CalibratedMethod = Literal["gptq", "awq"]
+CALIBRATED: tuple[CalibratedMethod, ...] = ("gptq", "awq")
 
 
 class BaselineSettings(StrictModel):
@@ -18,6 +22,29 @@ class BaselineSettings(StrictModel):
 
     samples: Annotated[int, Field(ge=1, description="Calibration sequences, out of the study's train split.")] = 512
     tokens: Annotated[int, Field(ge=16, description="Length of each; examples are joined until they fill it.")] = 2048
+
+    def weight_format(self, method: CalibratedMethod, students: WeightFormat) -> WeightFormat:
+        """GPTQ on the students' grid where that is int4; AWQ with zero points, as it is published."""
+        group = students.group if students.kind == "int4" else 128
+        return WeightFormat(group_size=group, symmetric=method == "gptq" and students.symmetric)
+
+
+def calibration_objection(method: CalibratedMethod, machine: Machine) -> str | None:
+    """Why this machine cannot run a calibrated method, and what to do; None where it can."""
+    if method == "awq" and not machine.compute_capabilities:
+        return f"{AWQ_NEEDS_A_GPU}, and this machine has none: leave awq out of conditions"
+    return None
+
+
+AWQ_NEEDS_A_GPU = "llmcompressor's AWQ needs a GPU (it keeps activations in pinned memory)"
+
+
+def reasons_not_run(conditions: Collection[str]) -> dict[str, str]:
+    """The baselines that are not among the conditions, with the reason that a report gives."""
+    known = {"awq": f"not among the conditions; {AWQ_NEEDS_A_GPU}"}
+    return {
+        name: known.get(name, "not among the conditions") for name in ("ptq", *CALIBRATED) if name not in conditions
+    }
 
 
 class TaskItems(StrictModel):
