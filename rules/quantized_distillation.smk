@@ -139,7 +139,7 @@ rule quantized_distillation_calibrate:
         code=code_digests("stillhouse.studies.quantized_distillation.baselines"),
     shell:
         f"{LEASE} --at-most {{resources.gpu}} -- "
-        "python -m stillhouse.studies.quantized_distillation.baselines {params.inputs:q} output={output:q} "
+        "{input.environment:q}/bin/python -m stillhouse.studies.quantized_distillation.baselines {params.inputs:q} output={output:q} "
         "work=work/quantized_distillation/{wildcards.model}/exported/{wildcards.condition} "
         "{params.settings:q} 2>&1 | tee {log:q}"
 

@@ -26,8 +26,11 @@ from stillhouse.runtime.files import staged_directory, verify_manifest, write_ma
 from stillhouse.runtime.logs import logger
 from stillhouse.runtime.records import RunRecord
 from stillhouse.studies.quantized_distillation.data import read_instructions
-from stillhouse.studies.quantized_distillation.evaluation_settings import BaselineSettings, CalibratedMethod
-from stillhouse.studies.quantized_distillation.sets import AnswerRendering
+from stillhouse.studies.quantized_distillation.evaluation_settings import (
+    AnswerRendering,
+    BaselineSettings,
+    CalibratedMethod,
+)
 
 MODULE = "stillhouse.studies.quantized_distillation.baselines"
 
@@ -68,7 +71,7 @@ def main(step: CalibrateStep) -> None:
         tokenizer.save_pretrained(staging)
         write_manifest(staging)
         size = sum(file.stat().st_size for file in staging.glob("*.safetensors"))
-        record.add(weight_bytes=size, calibration_tokens=len(rows) * len(rows[0]))
+        record.add(bytes=size, calibration_tokens=len(rows) * len(rows[0]))
         record.write(staging / "run.json")
 
 
@@ -95,9 +98,9 @@ def compress(
         from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
         from datasets import Dataset
         from llmcompressor import oneshot
-        from llmcompressor.modifiers.transform.awq import AWQModifier
         from llmcompressor.modifiers.gptq import GPTQModifier
         from llmcompressor.modifiers.quantization import QuantizationModifier
+        from llmcompressor.modifiers.transform.awq import AWQModifier
     except ImportError as error:
         raise UserError(
             f"condition {method}: llmcompressor cannot be imported ({error}): run this in the environment that "

@@ -21,6 +21,7 @@ from stillhouse.evaluation.statistics import (
     paired_rate_interval,
     wilson_interval,
 )
+from stillhouse.studies.quantized_distillation.evaluation_settings import CALIBRATED
 from stillhouse.studies.quantized_distillation.results import (
     ANSWERS,
     PTQ,
@@ -113,6 +114,25 @@ def students(evaluation: QuantizedEvaluation) -> list[str]:
     return [one for one in results.conditions if any(system.trained for system in results.of(one))]
 
 
+def shown(conditions: Sequence[str]) -> list[str]:
+    """The conditions that have a place of their own in figures: sweep points, which have `+`, only if they are all."""
+    named = [one for one in conditions if "+" not in one]
+    untrained = {TEACHER, *CALIBRATED}
+    return named if any(one not in untrained and not one.startswith(PTQ) for one in named) else list(conditions)
+
+
+def recovering(evaluation: QuantizedEvaluation) -> list[str]:
+    """The conditions that are to close the gap between `ptq` and the teacher."""
+    found = shown(evaluation.results.conditions)
+    return [one for one in found if one != TEACHER and not one.startswith(PTQ)]
+
+
+def recoverable(evaluation: QuantizedEvaluation) -> list[Measure]:
+    """The measures that rounding to nearest made worse beyond doubt."""
+    mean = average_accuracy(evaluation)
+    return [one for one in [*text_measures(evaluation), *([mean] if mean else [])] if damaged(evaluation, one)]
+
+
 def estimate(
     evaluation: QuantizedEvaluation, condition: str, measure: Measure, variant: Variant = "deployed"
 ) -> Estimate | None:
@@ -155,14 +175,21 @@ def compare(
     return PairedComparison(paired.difference, low, high, paired.p_value, paired.n)
 
 
-def gap(evaluation: QuantizedEvaluation, measure: Measure) -> PairedComparison | None:
+def rounded(evaluation: QuantizedEvaluation, condition: str) -> str:
+    """The `ptq` of a condition's weight format: rounded to nearest without training."""
+    formats = {one.condition: one.weight_format for one in evaluation.results.systems}
+    same = [name for name in formats if name.startswith(PTQ) and formats[name] == formats.get(condition)]
+    return same[0] if same else PTQ
+
+
+def gap(evaluation: QuantizedEvaluation, measure: Measure, ptq: str = PTQ) -> PairedComparison | None:
     """What rounding to nearest changed: `ptq` minus the teacher."""
-    return compare(evaluation, PTQ, TEACHER, measure)
+    return compare(evaluation, ptq, TEACHER, measure)
 
 
-def damaged(evaluation: QuantizedEvaluation, measure: Measure) -> bool:
+def damaged(evaluation: QuantizedEvaluation, measure: Measure, ptq: str = PTQ) -> bool:
     """Whether rounding made the measure worse beyond doubt: only then is there a gap to close."""
-    found = gap(evaluation, measure)
+    found = gap(evaluation, measure, ptq)
     if found is None:
         return False
     return found.low > 0 if measure.lower_is_better else found.high < 0
@@ -174,8 +201,9 @@ def closed_share(evaluation: QuantizedEvaluation, condition: str, measure: Measu
     1: as good as the teacher; 0: as ptq; below: worse than ptq. Seeds and items are both resampled. None where
     rounding did no damage, or something was not measured.
     """
-    found = [_values(evaluation, name, measure, "deployed") for name in (condition, PTQ, TEACHER)]
-    if any(one is None for one in found) or not damaged(evaluation, measure):
+    base = rounded(evaluation, condition)
+    found = [_values(evaluation, name, measure, "deployed") for name in (condition, base, TEACHER)]
+    if any(one is None for one in found) or not damaged(evaluation, measure, base):
         return None
     ours, ptq, teacher = (one[0] for one in found if one is not None)
     seeds, items = ours.shape

@@ -28,10 +28,9 @@ from stillhouse.runtime.digests import short_digest
 from stillhouse.runtime.files import verify_manifest, write_json
 from stillhouse.runtime.logs import logger
 from stillhouse.runtime.records import RunRecord, data_digest
-from stillhouse.studies.quantized_distillation.evaluation_settings import EvaluationSettings
+from stillhouse.studies.quantized_distillation.evaluation_settings import AnswerRendering, EvaluationSettings
 from stillhouse.studies.quantized_distillation.results import ITEM_COLUMNS, Kind, QuantizedResults, measure
 from stillhouse.studies.quantized_distillation.sets import (
-    AnswerRendering,
     MeasuredSet,
     TaskSet,
     TokenSet,

@@ -47,6 +47,14 @@ def reasons_not_run(conditions: Collection[str]) -> dict[str, str]:
     }
 
 
+class AnswerRendering(StrictModel):
+    """How the study's examples become sequences: the model's run settings before any condition."""
+
+    prompt_format: Literal["auto", "chat", "plain"]
+    max_length: int
+    response_room: int
+
+
 class TaskItems(StrictModel):
     """The items of one multiple-choice task."""
 

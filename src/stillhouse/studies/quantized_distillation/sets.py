@@ -13,9 +13,8 @@ from typing import Any
 import pandas as pd
 import torch
 
-from stillhouse.config.base import StrictModel
 from stillhouse.data.packing import Sequence
-from stillhouse.data.prompts import PromptFormat, prompt_renderer
+from stillhouse.data.prompts import prompt_renderer
 from stillhouse.data.records import ChoiceQuestion, read_choice_questions, read_passages
 from stillhouse.evaluation.harness import ChoiceScore, drawn_items, task_definition
 from stillhouse.evaluation.perplexity import sliding_windows, text_tokens
@@ -24,7 +23,12 @@ from stillhouse.models.loading import load_tokenizer
 from stillhouse.runtime.errors import UserError
 from stillhouse.runtime.records import data_digest
 from stillhouse.studies.quantized_distillation.data import read_instructions
-from stillhouse.studies.quantized_distillation.evaluation_settings import EvaluationSettings, TaskItems, TextTokens
+from stillhouse.studies.quantized_distillation.evaluation_settings import (
+    AnswerRendering,
+    EvaluationSettings,
+    TaskItems,
+    TextTokens,
+)
 from stillhouse.studies.quantized_distillation.results import ANSWERS, Kind
 
 # Tokens of a text that are one item: an interval over single tokens would take them for independent.
@@ -76,14 +80,6 @@ class TaskSet:
 
 
 MeasuredSet = TokenSet | TaskSet
-
-
-class AnswerRendering(StrictModel):
-    """How the study's examples become sequences: the model's run settings before any condition."""
-
-    prompt_format: PromptFormat
-    max_length: int
-    response_room: int
 
 
 def text_set(name: str, text: TextTokens, dataset: Path, model: Path, settings: EvaluationSettings) -> TokenSet:

@@ -23,6 +23,7 @@ from stillhouse.runtime.files import read_json
 from stillhouse.runtime.records import data_digest
 from stillhouse.studies.quantized_distillation.config import RunSettings
 from stillhouse.studies.quantized_distillation.results import TEACHER, System, SystemFacts, Variant
+from stillhouse.training.tracking import METRICS_FILE, read_metrics
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class EvaluatedSystem:
     def digest(self) -> str:
         """What determines the system's rows, beside the code: the converted weights, or what they were made from."""
         variant = self.system.variant
-        made_from = f"{data_digest(self.student)}-{self.record['checkpoint_step']}" if self.student else ""
+        made_from = f"{data_digest(self.student)}-{self.record['selected_step']}" if self.student else ""
         return f"{variant}-{data_digest(self.exported or self.model)}-{made_from}"
 
     def facts(self) -> SystemFacts:
@@ -66,23 +67,22 @@ class EvaluatedSystem:
         if self.exported is None:
             size = sum(file.stat().st_size for file in self.model.glob("*.safetensors"))
             return SystemFacts(**names, weight_format=None, weight_bytes=size)
-        recorded = {
-            name: self.record.get(name) for name in ("checkpoint_step", "validation_kl", "largest_logit_difference")
-        }
         trained: dict[str, Any] = {}
-        if run := self.run:
+        if self.student and (run := self.run):
             trained = {
                 "placement": run.lora_quantisation,
                 "learning_rate": run.training.learning_rate,
                 "beta": run.distillation.beta,
                 "on_policy_share": run.distillation.on_policy_share,
                 "lora_rank": run.training.lora.rank,
+                "checkpoint_step": self.record["selected_step"],
+                "validation_kl": _validation_kl(self.student, self.record["selected_step"]),
             }
         return SystemFacts(
             **names,
             weight_format=self.weight_format.name,
-            weight_bytes=self.record["weight_bytes"],
-            **recorded,
+            weight_bytes=self.record["bytes"],
+            largest_logit_difference=self.record.get("largest_logit_difference"),
             **trained,
         )
 
@@ -98,12 +98,18 @@ class EvaluatedSystem:
             yield load(self.exported or self.model, precision, trust_remote_code=trust_remote_code)
             return
         assert self.student
-        checkpoint = self.student / f"checkpoint-{self.record['checkpoint_step']}"
+        checkpoint = self.student / f"checkpoint-{self.record['selected_step']}"
         student = load_student(
             self.model, checkpoint, self.weight_format, self.system.variant, precision, trust_remote_code
         )
         with quantized_once(student):
             yield student
+
+
+def _validation_kl(student: Path, step: int) -> float | None:
+    """What training measured at a checkpoint."""
+    rows = {int(row["step"]): row for row in read_metrics(student / METRICS_FILE)}
+    return rows.get(step, {}).get("validation_kl")
 
 
 def read_systems(
