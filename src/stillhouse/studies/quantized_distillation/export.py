@@ -97,8 +97,8 @@ def relative_difference(found: Tensor, expected: Tensor, weight_format: WeightFo
     tolerance = 2e-2 if weight_format.kind == "nvfp4" else 1e-3
     if difference > tolerance:
         raise UserError(
-            f"format {weight_format.name}: the exported model's logits differ from the student's by {difference:.2g} of "
-            f"their size (tolerance {tolerance:.2g}): the installed packing library is not the one that was tested"
+            f"format {weight_format.name}: logits of the exported model differ by {difference:.2g} of their size from "
+            f"the student's (tolerance {tolerance:.2g}): the installed packing library is not the one that was tested"
         )
     return difference
 
