@@ -36,7 +36,7 @@ def calibration_objection(method: CalibratedMethod, machine: Machine) -> str | N
     return None
 
 
-AWQ_NEEDS_A_GPU = "llmcompressor's AWQ needs a GPU (it keeps activations in pinned memory)"
+AWQ_NEEDS_A_GPU = "llmcompressor's AWQ needs a GPU"
 
 
 def reasons_not_run(conditions: Collection[str]) -> dict[str, str]:

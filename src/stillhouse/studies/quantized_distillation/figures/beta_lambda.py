@@ -32,8 +32,8 @@ def main(step: FigureStep) -> None:
             axes.set_title(model, loc="left", fontweight="bold")
         note = (
             "KL from the teacher (nats per token) on the validation split at the chosen checkpoint, the mean over "
-            "seeds; lower is better. Boxed: the lowest, which is picked. β 0: KL(teacher || student), β 1: the reverse; "
-            "λ: the share of steps on the student's own answers."
+            "seeds; lower is better. Boxed: the lowest, which is picked. β 0: KL(teacher || student), β 1: the "
+            "reverse; λ: the share of steps on the student's own answers."
         )
         draw_frame(drawing, title(list(grids.values())), note)
         save_figure(drawing, step.output)

@@ -46,8 +46,8 @@ def main(step: FigureStep) -> None:
         grid[-1][0].set_xlabel("Share of the gap closed (%): 0 is ptq, 100 is the teacher")
         drawing.legend(*grid[0][0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
         note = (
-            "Metrics that rounding made worse beyond doubt. An interval that leaves the picture ends in an arrow's place "
-            f"at its edge. {sample_note(evaluations)}"
+            "Metrics that rounding made worse beyond doubt. What lies outside of the picture is drawn at its edge. "
+            f"{sample_note(evaluations)}"
         )
         draw_frame(drawing, title(evaluations), note)
         save_figure(drawing, step.output)
