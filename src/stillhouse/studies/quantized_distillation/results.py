@@ -46,7 +46,7 @@ class SystemFacts(StrictModel):
 
     seed: 0 for what is not trained. weight_format: None for the teacher. learning_rate to checkpoint_step: of students.
     validation_kl: KL to the teacher at the chosen checkpoint, on the validation split. largest_logit_difference:
-    between the fake-quantised and the converted model.
+    between the fake-quantised and the converted model, as a share of the largest logit.
     """
 
     condition: str
