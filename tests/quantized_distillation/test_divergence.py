@@ -20,7 +20,8 @@ def logits(rows: int = 7, vocabulary: int = 33) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize("beta", BETAS)
-def test_value_and_gradient_equal_trl(beta: float, temperature: float) -> None:
+def test_value_and_gradient_equal_trl(beta: float, temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
     from trl.experimental.gkd import GKDTrainer
 
     student, teacher = logits()

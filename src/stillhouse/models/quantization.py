@@ -90,7 +90,8 @@ def int4(weight: Tensor, weight_format: WeightFormat, scale_dtype: torch.dtype) 
     groups = weight.unflatten(1, (-1, weight_format.group))
     smallest = torch.finfo(weight.dtype).smallest_normal
     if weight_format.symmetric:
-        scale = torch.linalg.vector_norm(groups, torch.inf, dim=-1, keepdim=True).div_(7.5).clamp_(min=smallest)
+        largest = torch.maximum(groups.amax(-1, keepdim=True), groups.amin(-1, keepdim=True).neg_())
+        scale = largest.div_(7.5).clamp_(min=smallest)
         scale = scale.to(scale_dtype).to(weight.dtype)
         return Int4Weight((groups * scale.reciprocal()).round_().clamp_(INT4_LOWEST, INT4_HIGHEST), scale, None)
     low, high = groups.aminmax(dim=-1, keepdim=True)
