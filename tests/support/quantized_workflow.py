@@ -47,7 +47,8 @@ TINY_STUDY: dict[str, Any] = {
             "arc_easy": {"dataset": "tiny_choices", "split": "all", "items": 6},
             "winogrande": {"dataset": "tiny_names", "split": "all", "items": 4},
         },
-        "texts": {"passages": {"dataset": "tiny_passages", "split": "all", "tokens": 300}},
+        # The name of the default text, which a layer can change but not take away.
+        "texts": {"wikipedia": {"dataset": "tiny_passages", "split": "all", "tokens": 300}},
         "window": 32,
         "stride": 16,
         "precision": "fp32",

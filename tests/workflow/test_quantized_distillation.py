@@ -45,7 +45,7 @@ def project(run_once: Workflow) -> Workflow:
 def test_every_figure_and_table_is_made_of_all_systems(run_once: Workflow) -> None:
     results = run_once.directory / "results"
     page = (results / "results.md").read_text()
-    assert "rounding to nearest takes the perplexity of passages" in page
+    assert "rounding to nearest takes the perplexity of wikipedia" in page
     assert "`awq` was not run for `tiny`: not among the conditions; llmcompressor's AWQ needs a GPU." in page
     for figure in FIGURES:
         for suffix in ("png", "svg"):
@@ -107,7 +107,7 @@ def test_a_changed_task_file_reruns_the_evaluation(project: Workflow) -> None:
 @pytest.mark.parametrize(
     ("changed", "rerun"),
     [
-        ({"evaluation": {"texts": {"passages": {"tokens": 200}}}}, AFTER_EXPORT),
+        ({"evaluation": {"texts": {"wikipedia": {"tokens": 200}}}}, AFTER_EXPORT),
         (
             {"defaults": {"training": {"learning_rate": 1e-4}}},
             {**TRAIN, "quantized_distillation_train": 2} | {"quantized_distillation_export": 2},
