@@ -3,8 +3,8 @@
     PYTHONPATH=src:. python benchmarks/fake_quantization.py [model=DIRECTORY] [group_size=64] [tokens=512] [repeats=3]
 
 Without a model, a random Llama of 4 layers of width 256 is made. torchao prepares the base for quantisation-aware
-training and peft puts LoRA beside it, Q(W)x + BAx: `beside` here is the same function, and its loss must equal torchao's
-before anything is timed. `merged`, Q(W + BA)x, is what torchao and peft do not offer. Forms take turns.
+training and peft puts LoRA beside it, Q(W)x + BAx: `beside` here is the same function, and its loss must equal that of
+torchao before anything is timed. `merged`, Q(W + BA)x, is what torchao and peft do not offer. Forms take turns.
 """
 
 from __future__ import annotations

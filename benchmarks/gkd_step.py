@@ -174,6 +174,7 @@ def trl_trainer(model_dir: Path, settings: Benchmark, folder: Path) -> Any:
         train_dataset=Dataset.from_list([{"messages": turns}]),
         processing_class=tokenizer,
     )
+    trainer.current_gradient_accumulation_steps = 1  # what its train() would set
     trainer.generation_config.eos_token_id = [tokenizer.eos_token_id]
     trainer.generation_config.min_new_tokens = settings.answer
     return trainer

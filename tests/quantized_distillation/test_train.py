@@ -35,7 +35,7 @@ SMALL: dict[str, Any] = {
         "steps": 4,
         "batch_size": 4,
         "micro_batch_tokens": 256,
-        "learning_rate": 1e-2,
+        "learning_rate": 1e-3,
         "schedule": {"warmup_steps": 1},
         "save_every": 2,
         "resume_every": 1,
@@ -181,5 +181,5 @@ def test_a_student_without_validation_rows_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_group_size_that_does_not_fit_is_refused_before_training(house: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="format.group_size: 48 does not divide"):
+    with pytest.raises(UserError, match=r"format\.group_size: 48 does not divide"):
         train.main(step(house, tmp_path, settings(format={"group_size": 48})))
