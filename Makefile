@@ -20,7 +20,7 @@ status: $(VENV)/installed
 	@python workflow_scripts/status.py $(SNAKEMAKE_ARGUMENTS)
 
 test: $(VENV)/installed-test
-	python -m pytest -n 2 $(PYTEST_ARGUMENTS)
+	python -m pytest -n 3 $(PYTEST_ARGUMENTS)
 
 check: $(VENV)/installed-test
 	ruff check .

@@ -25,8 +25,8 @@ from stillhouse.models.prefix import token_batches
 from stillhouse.runtime.commands import run_step
 from stillhouse.runtime.errors import UserError
 from stillhouse.studies.consistency_lens.activations import extract_activations
-from stillhouse.studies.consistency_lens.config import PositionSettings
 from stillhouse.studies.consistency_lens.data import Example, choose_position, pad_contexts
+from stillhouse.studies.consistency_lens.run_settings import PositionSettings
 
 
 class Benchmark(StrictModel):

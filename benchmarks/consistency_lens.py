@@ -22,8 +22,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from stillhouse.config.base import StrictModel
 from stillhouse.runtime.commands import run_step
 from stillhouse.runtime.files import write_manifest
-from stillhouse.studies.consistency_lens.config import LensSettings
 from stillhouse.studies.consistency_lens.model import Lens
+from stillhouse.studies.consistency_lens.run_settings import LensSettings
 from tests.consistency_lens.lenses import naive_explanation
 from tests.support.tiny_models import make_tiny_tokenizer
 

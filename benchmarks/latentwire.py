@@ -20,10 +20,10 @@ import torch
 from stillhouse.data.records import ReadingQuestion, write_records
 from stillhouse.runtime.files import write_manifest
 from stillhouse.studies.latentwire.channel import Channel
-from stillhouse.studies.latentwire.config import RunSettings
 from stillhouse.studies.latentwire.data import WireBatch, WireData, read_examples
 from stillhouse.studies.latentwire.objective import LatentWireObjective
 from stillhouse.studies.latentwire.reader import Reader
+from stillhouse.studies.latentwire.run_settings import RunSettings
 from stillhouse.studies.latentwire.text_teacher import (
     CachedTeacher,
     OnlineTeacher,

@@ -18,7 +18,8 @@ import torch
 from stillhouse.runtime.files import write_manifest
 from stillhouse.studies.consistency_lens import activations, shards, tokens
 from stillhouse.studies.consistency_lens.activations import ActivationsStep
-from stillhouse.studies.consistency_lens.config import ActivationSettings, PositionSettings, TokenSettings
+from stillhouse.studies.consistency_lens.config import TokenSettings
+from stillhouse.studies.consistency_lens.run_settings import ActivationSettings, PositionSettings
 from stillhouse.studies.consistency_lens.tokens import TokensStep
 
 REPOSITORY = Path(__file__).parents[2]

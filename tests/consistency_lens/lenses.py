@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from stillhouse.models.activations import residual_stream, swapped
-from stillhouse.studies.consistency_lens.config import LensSettings
 from stillhouse.studies.consistency_lens.data import ActivationBatch
-from stillhouse.studies.consistency_lens.model import Lens, embedding_matrix
+from stillhouse.studies.consistency_lens.model import Lens
+from stillhouse.studies.consistency_lens.parts import embedding_matrix
+from stillhouse.studies.consistency_lens.run_settings import LensSettings
 from stillhouse.studies.consistency_lens.sampling import gumbel_noise
 
 SETTINGS: dict[str, Any] = {

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 from stillhouse.runtime.errors import UserError
 from stillhouse.runtime.files import read_json
 from stillhouse.studies.consistency_lens import activations
-from stillhouse.studies.consistency_lens.config import PositionSettings
 from stillhouse.studies.consistency_lens.data import CachedExamples, TokenExamples
+from stillhouse.studies.consistency_lens.run_settings import PositionSettings
 from tests.consistency_lens.conftest import Artefacts
 from tests.consistency_lens.corpus import REPOSITORY, activation_settings, extraction_step, make_corpus, tokenise
 

@@ -12,12 +12,8 @@ from support.workflow import merged
 from stillhouse.config.base import SettingError
 from stillhouse.runtime.errors import ConfigurationError
 from stillhouse.studies.configuration import Configuration, load_configuration
-from stillhouse.studies.consistency_lens.config import (
-    EMBEDDED,
-    ConsistencyLensConfig,
-    LensSettings,
-    RunSettings,
-)
+from stillhouse.studies.consistency_lens.config import EMBEDDED, ConsistencyLensConfig
+from stillhouse.studies.consistency_lens.run_settings import LensSettings, RunSettings
 
 CONFIG = Path(__file__).resolve().parents[2] / "config"
 DEFAULT = CONFIG / "config.yaml"

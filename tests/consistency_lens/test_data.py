@@ -12,7 +12,6 @@ from stillhouse.data.records import Passage, read_passages
 from stillhouse.models.loading import load_tokenizer
 from stillhouse.runtime.errors import UserError
 from stillhouse.runtime.files import read_json
-from stillhouse.studies.consistency_lens.config import PositionSettings
 from stillhouse.studies.consistency_lens.data import (
     ActivationData,
     CachedExamples,
@@ -21,6 +20,7 @@ from stillhouse.studies.consistency_lens.data import (
     choose_position,
     draw_partners,
 )
+from stillhouse.studies.consistency_lens.run_settings import PositionSettings
 from stillhouse.studies.consistency_lens.tokens import without_duplicates
 from tests.consistency_lens.conftest import Artefacts
 from tests.consistency_lens.corpus import activation_settings, tokenise

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.distributions import Categorical
 from torch.nn import functional
 
-from stillhouse.studies.consistency_lens.config import LensSchedules, LossSettings
 from stillhouse.studies.consistency_lens.data import ActivationBatch
 from stillhouse.studies.consistency_lens.model import Lens
 from stillhouse.studies.consistency_lens.objective import LensObjective, language_model_kl
+from stillhouse.studies.consistency_lens.run_settings import LensSchedules, LossSettings
 from tests.consistency_lens.lenses import (
     lens_batch,
     naive_explanation,

@@ -19,8 +19,8 @@ from stillhouse.runtime.commands import dotted_arguments
 from stillhouse.runtime.errors import UserError
 from stillhouse.runtime.files import verify_manifest
 from stillhouse.studies.consistency_lens import activations
-from stillhouse.studies.consistency_lens.config import RunSettings
 from stillhouse.studies.consistency_lens.model import Lens
+from stillhouse.studies.consistency_lens.run_settings import RunSettings
 from stillhouse.studies.consistency_lens.train import TrainStep, keep_checkpoints, main
 from stillhouse.training.tracking import read_metrics
 from tests.consistency_lens.corpus import REPOSITORY, activation_settings, extraction_step, make_corpus, tokenise

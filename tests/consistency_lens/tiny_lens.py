@@ -7,8 +7,9 @@ from typing import Any
 
 from stillhouse.config.training import TrackingSettings
 from stillhouse.studies.consistency_lens import train
-from stillhouse.studies.consistency_lens.config import EvaluationSettings, RunSettings
+from stillhouse.studies.consistency_lens.config import EvaluationSettings
 from stillhouse.studies.consistency_lens.evaluate import EvaluateStep
+from stillhouse.studies.consistency_lens.run_settings import RunSettings
 from stillhouse.studies.consistency_lens.train import TrainStep
 from tests.consistency_lens.conftest import Artefacts
 from tests.consistency_lens.corpus import activation_settings

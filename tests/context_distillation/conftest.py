@@ -16,7 +16,7 @@ from stillhouse.data.records import MathProblem
 from stillhouse.models.loading import load_model, load_tokenizer
 from stillhouse.models.lora import add_lora
 from stillhouse.runtime.files import write_manifest
-from stillhouse.studies.context_distillation.config import CacheSettings, ContextSettings
+from stillhouse.studies.context_distillation.run_settings import CacheSettings, ContextSettings
 from stillhouse.studies.context_distillation.teacher import TeacherStep, main
 
 EXAMPLES = 10

@@ -16,9 +16,9 @@ from stillhouse.models.loading import load_model
 from stillhouse.models.target_cache import TeacherTargets
 from stillhouse.runtime.errors import UserError
 from stillhouse.runtime.seeds import generator
-from stillhouse.studies.context_distillation.config import DistillationSettings
 from stillhouse.studies.context_distillation.data import student_data, teacher_examples
 from stillhouse.studies.context_distillation.objective import ContextDistillationObjective, kl_divergence
+from stillhouse.studies.context_distillation.run_settings import DistillationSettings
 from stillhouse.studies.context_distillation.teacher import CachedTeacher, OnlineTeacher
 
 SEED, TOP_K, STEPS = 5, 16, 10

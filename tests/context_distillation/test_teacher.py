@@ -19,8 +19,8 @@ from stillhouse.models.target_cache import TargetCache
 from stillhouse.runtime.errors import UserError
 from stillhouse.runtime.files import write_manifest
 from stillhouse.studies.context_distillation import teacher as program
-from stillhouse.studies.context_distillation.config import ContextSettings
 from stillhouse.studies.context_distillation.data import student_data, teacher_examples
+from stillhouse.studies.context_distillation.run_settings import ContextSettings
 from stillhouse.studies.context_distillation.teacher import CachedTeacher, OnlineTeacher, TeacherForward, TeacherStep
 
 

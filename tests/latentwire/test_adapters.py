@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from stillhouse.studies.latentwire.adapters import Adapter, root_mean_square
-from stillhouse.studies.latentwire.config import AdapterSettings
 from stillhouse.studies.latentwire.prompt import LayerShape
+from stillhouse.studies.latentwire.run_settings import AdapterSettings
 
 
 def adapter(layers: LayerShape | None = None, **settings: object) -> Adapter:

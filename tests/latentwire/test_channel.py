@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from stillhouse.runtime.errors import UserError
 from stillhouse.studies.latentwire.adapters import root_mean_square
 from stillhouse.studies.latentwire.channel import WEIGHTS, Channel
-from stillhouse.studies.latentwire.config import RunSettings
 from stillhouse.studies.latentwire.reader import Reader
+from stillhouse.studies.latentwire.run_settings import RunSettings
 from stillhouse.training.checkpoints import save_weights, trained_tensors
 from tests.latentwire.tiny_study import run_settings
 

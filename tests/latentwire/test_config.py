@@ -12,7 +12,8 @@ from support.workflow import merged
 from stillhouse.config.layering import Layer, validate
 from stillhouse.runtime.errors import ConfigurationError
 from stillhouse.studies.configuration import Configuration, load_configuration
-from stillhouse.studies.latentwire.config import ARMS, EMBEDDED, LatentWireConfig, RunSettings
+from stillhouse.studies.latentwire.config import ARMS, EMBEDDED, LatentWireConfig
+from stillhouse.studies.latentwire.run_settings import RunSettings
 
 CONFIG = Path(__file__).resolve().parents[2] / "config"
 PAIR = "smollm2_gemma3"

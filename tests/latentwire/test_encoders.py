@@ -13,7 +13,6 @@ from torch import nn
 from transformers import BertConfig, BertModel
 
 from stillhouse.runtime.errors import UserError
-from stillhouse.studies.latentwire.config import EncoderSettings, LatentSettings
 from stillhouse.studies.latentwire.encoders import (
     ByteEncoder,
     LanguageModelEncoder,
@@ -22,6 +21,7 @@ from stillhouse.studies.latentwire.encoders import (
     TextEncoder,
     sinusoids,
 )
+from stillhouse.studies.latentwire.run_settings import EncoderSettings, LatentSettings
 
 LATENT = LatentSettings(length=4, dimension=8)
 KINDS = ("bytes", "sentence", "language_model")

@@ -16,11 +16,12 @@ from torch.nn import functional
 
 from stillhouse.evaluation.reading_comprehension import score_reading_answer
 from stillhouse.studies.latentwire.channel import Channel
-from stillhouse.studies.latentwire.config import AnswerGenerationSettings, ReaderSettings, RunSettings
+from stillhouse.studies.latentwire.config import AnswerGenerationSettings
 from stillhouse.studies.latentwire.data import WireData, WireExample, answer_tokens, wire_text
 from stillhouse.studies.latentwire.objective import LatentWireObjective
 from stillhouse.studies.latentwire.prompt import Prompt
 from stillhouse.studies.latentwire.reader import Reader
+from stillhouse.studies.latentwire.run_settings import ReaderSettings, RunSettings
 from stillhouse.studies.latentwire.wire import WireFormat, pack, unpack
 
 PACKAGED = Path(__file__).parents[2] / "resources" / "models"

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from stillhouse.runtime.errors import UserError
-from stillhouse.studies.latentwire.config import CacheSettings, RunSettings
 from stillhouse.studies.latentwire.data import WireData, read_examples
 from stillhouse.studies.latentwire.reader import Reader
+from stillhouse.studies.latentwire.run_settings import CacheSettings, RunSettings
 from stillhouse.studies.latentwire.text_teacher import CachedTeacher, OnlineTeacher, TextTeacherStep, main
 from tests.latentwire.tiny_readers import FAMILIES, make_families
 from tests.latentwire.tiny_study import load_readers, make_data, run_settings

@@ -8,7 +8,7 @@ import numpy
 import pytest
 import torch
 
-from stillhouse.studies.latentwire.config import WireKind
+from stillhouse.studies.latentwire.run_settings import WireKind
 from stillhouse.studies.latentwire.wire import HEADER_BYTES, WireError, WireFormat, message_bytes, pack, unpack
 
 KINDS: tuple[WireKind, ...] = ("fp16", "int8", "int6", "int4")

@@ -10,9 +10,9 @@ from tokenizers.processors import TemplateProcessing
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
 
 from stillhouse.runtime.files import write_manifest
-from stillhouse.studies.latentwire.config import ReaderSettings
 from stillhouse.studies.latentwire.data import AnswerTokens, answer_tokens
 from stillhouse.studies.latentwire.reader import Reader
+from stillhouse.studies.latentwire.run_settings import ReaderSettings
 
 FAMILIES = ("llama", "gemma")
 TEXTS = ("Ada has 3 apples.\n", "Ben has 12 books and buys 5 more. How many books does Ben have?\n")

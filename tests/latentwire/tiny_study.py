@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from stillhouse.data.records import ReadingQuestion, write_records
 from stillhouse.runtime.files import write_json, write_manifest
 from stillhouse.studies.latentwire.channel import WEIGHTS, Channel
-from stillhouse.studies.latentwire.config import RunSettings
 from stillhouse.studies.latentwire.reader import Reader
+from stillhouse.studies.latentwire.run_settings import RunSettings
 from stillhouse.training.checkpoints import trained_tensors
 from tests.latentwire.tiny_readers import FAMILIES
 

@@ -6,7 +6,8 @@ import pytest
 
 from stillhouse.runtime.commands import dotted_arguments, parse_settings, path_arguments
 from stillhouse.runtime.errors import ConfigurationError
-from stillhouse.studies.context_distillation.config import CONDITIONS, ContextDistillationConfig, RunSettings
+from stillhouse.studies.context_distillation.config import CONDITIONS, ContextDistillationConfig
+from stillhouse.studies.context_distillation.run_settings import RunSettings
 
 
 @pytest.mark.parametrize("condition", CONDITIONS)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from support.warm_python import warm_environment
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PARTS = ("Snakefile", "rules", "src", "workflow_scripts", "config", "envs", "profiles", "docs/captions")
@@ -95,7 +96,10 @@ class Workflow:
     def run(self, *arguments: str, config: str = "tiny.yaml", check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run snakemake here, on the folder's own sources."""
         command, environment = self._command(arguments, config)
-        done = subprocess.run(command, cwd=self.directory, env=environment, capture_output=True, text=True)
+        environment |= warm_environment()
+        done = subprocess.run(
+            ["python", *command[1:]], cwd=self.directory, env=environment, capture_output=True, text=True
+        )
         if check and done.returncode:
             raise AssertionError(f"{' '.join(command)}\n{done.stdout[-6000:]}\n{done.stderr[-6000:]}")
         return done

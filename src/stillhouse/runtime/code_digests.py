@@ -2,16 +2,15 @@
 
 A digest covers a module's syntax tree without docstrings, so comments, formatting and documentation never rerun
 anything. Files that are not Python but shape results are listed as `DATA_FILES` in the module that reads them and
-count by their bytes. In configuration modules only functions count: their values reach a step through its params, so
-that a new default or condition reruns what reads it and nothing else. The rules store `code_digests(module)` in their
-params; run records and fingerprints hold the same.
+count by their bytes. In configuration modules (`config`, `..._settings`) only functions count: their values reach a
+step through its params, so that a new default or condition reruns what reads it and nothing else. The rules store
+`code_digests(module)` in their params; run records and fingerprints hold the same.
 """
 
 from __future__ import annotations
 
 import ast
 import hashlib
-from copy import deepcopy
 from functools import cache
 from importlib.util import resolve_name
 from pathlib import Path
@@ -53,10 +52,18 @@ def module_path(module: str) -> Path | None:
 
 @cache
 def _syntax_tree(module: str) -> ast.Module:
+    """A module's tree without docstrings."""
     path = module_path(module)
     if path is None:
         raise ModuleNotFoundError(f"no source file for module {module} below {SOURCE_ROOT}")
-    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+    tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            first = node.body[0] if node.body else None
+            value = first.value if isinstance(first, ast.Expr) else None
+            if isinstance(value, ast.Constant) and isinstance(value.value, str):
+                del node.body[0]
+    return tree
 
 
 @cache
@@ -84,10 +91,8 @@ def _parents(module: str) -> list[str]:
 @cache
 def _module_digest(module: str) -> str:
     tree = _syntax_tree(module)
-    tree = _without_docstrings(tree)
-    if module.startswith(f"{PACKAGE}.config.") or module.endswith((".config", "_settings")):
-        tree = _without_values(tree)
-    hasher = hashlib.sha256(_canonical(tree).encode())
+    holds_settings = module.startswith(f"{PACKAGE}.config.") or module.endswith((".config", "_settings"))
+    hasher = hashlib.sha256(_canonical(tree, with_values=not holds_settings).encode())
     path = module_path(module)
     assert path is not None
     for name in _data_files(tree):
@@ -105,41 +110,25 @@ def _data_files(tree: ast.Module) -> list[str]:
     return []
 
 
-def _without_docstrings(tree: ast.Module) -> ast.Module:
-    copy = deepcopy(tree)
-    for node in ast.walk(copy):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            first = node.body[0] if node.body else None
-            value = first.value if isinstance(first, ast.Expr) else None
-            if isinstance(value, ast.Constant) and isinstance(value.value, str):
-                node.body = node.body[1:]
-    return copy
-
-
-def _without_values(tree: ast.Module) -> ast.Module:
-    """Drop the assignments of a module and its classes; what is left is its functions."""
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef)):
-            node.body = [item for item in node.body if not isinstance(item, (ast.Assign, ast.AnnAssign))]
-    return tree
-
-
-def _canonical(node: ast.AST) -> str:
+def _canonical(node: ast.AST, with_values: bool) -> str:
     """Write a tree as text that does not depend on the Python version.
 
-    `ast.dump` does: newer versions add fields and leave out empty ones. Here empty fields never count.
+    `ast.dump` does: newer versions add fields and leave out empty ones. Here empty fields never count. Without values
+    the assignments of a module and its classes are left out; what remains is its functions.
     """
     fields = []
     for name, value in sorted(ast.iter_fields(node)):
-        text = _canonical_value(value)
+        if name == "body" and not with_values and isinstance(node, (ast.Module, ast.ClassDef)):
+            value = [item for item in value if not isinstance(item, (ast.Assign, ast.AnnAssign))]
+        text = _canonical_value(value, with_values)
         if text not in ("None", "[]"):
             fields.append(f"{name}={text}")
     return f"{type(node).__name__}({','.join(fields)})"
 
 
-def _canonical_value(value: object) -> str:
+def _canonical_value(value: object, with_values: bool) -> str:
     if isinstance(value, ast.AST):
-        return _canonical(value)
+        return _canonical(value, with_values)
     if isinstance(value, list):
-        return f"[{','.join(_canonical_value(item) for item in value)}]"
+        return f"[{','.join([_canonical_value(item, with_values) for item in value])}]"
     return repr(value)

@@ -28,8 +28,8 @@ from stillhouse.runtime.errors import UserError
 from stillhouse.runtime.files import verify_manifest
 from stillhouse.runtime.logs import configure_logging, logger
 from stillhouse.runtime.records import RunRecord, fingerprint
-from stillhouse.studies.consistency_lens.config import ActivationSettings
 from stillhouse.studies.consistency_lens.data import Example, TokenExamples, origin, pad_contexts
+from stillhouse.studies.consistency_lens.run_settings import ActivationSettings
 from stillhouse.studies.consistency_lens.shards import (
     ShardContent,
     ShardPlan,

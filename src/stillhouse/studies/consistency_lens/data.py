@@ -18,7 +18,7 @@ from torch import Tensor
 from stillhouse.runtime.errors import UserError
 from stillhouse.runtime.records import data_digest
 from stillhouse.runtime.seeds import derived_seed, generator
-from stillhouse.studies.consistency_lens.config import ActivationSettings, PositionSettings
+from stillhouse.studies.consistency_lens.run_settings import ActivationSettings, PositionSettings
 from stillhouse.studies.consistency_lens.shards import Shards
 
 

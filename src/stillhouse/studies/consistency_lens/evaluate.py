@@ -34,9 +34,10 @@ from stillhouse.runtime.files import (
 from stillhouse.runtime.logs import logger
 from stillhouse.runtime.records import RunRecord, data_digest
 from stillhouse.studies.consistency_lens import controls
-from stillhouse.studies.consistency_lens.config import EvaluationSettings, RunSettings
+from stillhouse.studies.consistency_lens.config import EvaluationSettings
 from stillhouse.studies.consistency_lens.data import CachedExamples, Example, draw_partners
-from stillhouse.studies.consistency_lens.model import Lens, embedding_matrix
+from stillhouse.studies.consistency_lens.model import Lens
+from stillhouse.studies.consistency_lens.parts import embedding_matrix
 from stillhouse.studies.consistency_lens.results import (
     BEST_OF,
     ITEM_COLUMNS,
@@ -48,6 +49,7 @@ from stillhouse.studies.consistency_lens.results import (
     measure,
     select_checkpoints,
 )
+from stillhouse.studies.consistency_lens.run_settings import RunSettings
 from stillhouse.studies.consistency_lens.samples import (
     TABLE_COLUMNS,
     LensSamples,

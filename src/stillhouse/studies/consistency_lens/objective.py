@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from stillhouse.studies.consistency_lens.config import LensSchedules, LossSettings
 from stillhouse.studies.consistency_lens.data import ActivationBatch
 from stillhouse.studies.consistency_lens.model import Lens
+from stillhouse.studies.consistency_lens.run_settings import LensSchedules, LossSettings
 from stillhouse.studies.consistency_lens.schedules import parse_schedule
 from stillhouse.training.objective import LossTerms
 

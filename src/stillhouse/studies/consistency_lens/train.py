@@ -27,10 +27,10 @@ from stillhouse.runtime.files import verify_manifest, write_manifest
 from stillhouse.runtime.logs import log_to_file, logger
 from stillhouse.runtime.records import RunRecord, fingerprint
 from stillhouse.runtime.seeds import seed_everything
-from stillhouse.studies.consistency_lens.config import CheckpointSettings, RunSettings
 from stillhouse.studies.consistency_lens.data import ActivationData, CachedExamples, Examples, TokenExamples
 from stillhouse.studies.consistency_lens.model import Lens
 from stillhouse.studies.consistency_lens.objective import LensObjective
+from stillhouse.studies.consistency_lens.run_settings import CheckpointSettings, RunSettings
 from stillhouse.studies.consistency_lens.schedules import Schedule, parse_schedule
 from stillhouse.training.loop import train
 from stillhouse.training.optimizers import ParameterGroup

@@ -16,7 +16,7 @@ from stillhouse.data.packing import AnswerBatch, Rows, Sequence, micro_batches, 
 from stillhouse.data.prompts import PromptRenderer, SkippedReport, within_limit
 from stillhouse.data.records import Problem
 from stillhouse.runtime.errors import UserError
-from stillhouse.studies.context_distillation.config import ContextSettings
+from stillhouse.studies.context_distillation.run_settings import ContextSettings
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from torch.nn import functional
 from stillhouse.data.packing import NO_LABEL, AnswerBatch, answer_rows_logits
 from stillhouse.models.target_cache import TeacherTargets
 from stillhouse.runtime.seeds import generator
-from stillhouse.studies.context_distillation.config import DistillationSettings
 from stillhouse.studies.context_distillation.data import check_alignment
+from stillhouse.studies.context_distillation.run_settings import DistillationSettings
 from stillhouse.studies.context_distillation.teacher import TargetSource
 from stillhouse.training.objective import LossTerms
 

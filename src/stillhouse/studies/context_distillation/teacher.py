@@ -44,8 +44,8 @@ from stillhouse.runtime.errors import UserError
 from stillhouse.runtime.files import read_json, verify_manifest
 from stillhouse.runtime.logs import logger
 from stillhouse.runtime.records import RunRecord, fingerprint
-from stillhouse.studies.context_distillation.config import CacheSettings
 from stillhouse.studies.context_distillation.data import TeacherExamples, teacher_examples
+from stillhouse.studies.context_distillation.run_settings import CacheSettings
 
 MODULE = "stillhouse.studies.context_distillation.teacher"
 EXAMPLES_PER_SHARD = 128

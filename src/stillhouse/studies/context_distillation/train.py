@@ -22,9 +22,9 @@ from stillhouse.runtime.files import verify_manifest, write_manifest
 from stillhouse.runtime.logs import log_to_file, logger
 from stillhouse.runtime.records import RunRecord, fingerprint
 from stillhouse.runtime.seeds import seed_everything
-from stillhouse.studies.context_distillation.config import RunSettings
 from stillhouse.studies.context_distillation.data import student_data, teacher_examples
 from stillhouse.studies.context_distillation.objective import ContextDistillationObjective
+from stillhouse.studies.context_distillation.run_settings import RunSettings
 from stillhouse.studies.context_distillation.teacher import CachedTeacher, OnlineTeacher
 from stillhouse.training.loop import train
 from stillhouse.training.processes import process_state, staged_output

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from stillhouse.studies.latentwire.config import AdapterSettings
 from stillhouse.studies.latentwire.prompt import KeysValues, LayerShape
+from stillhouse.studies.latentwire.run_settings import AdapterSettings
 
 _SMALLEST_RMS = 1e-8
 

@@ -15,9 +15,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from stillhouse.studies.latentwire.channel import Channel
 from stillhouse.studies.latentwire.compression import compress_to_bytes, cut_to_bytes, decompress
-from stillhouse.studies.latentwire.config import Arm, PromptStyle, RunSettings
+from stillhouse.studies.latentwire.config import Arm
 from stillhouse.studies.latentwire.data import WireExample, question_text
 from stillhouse.studies.latentwire.reader import Prefix, Prompt, Reader
+from stillhouse.studies.latentwire.run_settings import PromptStyle, RunSettings
 from stillhouse.studies.latentwire.scoring import Presentation
 from stillhouse.studies.latentwire.wire import unpack
 

@@ -15,11 +15,11 @@ from stillhouse.models.loading import check_safetensors
 from stillhouse.runtime.errors import UserError
 from stillhouse.runtime.seeds import derived_seed
 from stillhouse.studies.latentwire.adapters import Adapter
-from stillhouse.studies.latentwire.config import RunSettings
 from stillhouse.studies.latentwire.encoders import ByteEncoder, LanguageModelEncoder, SentenceEncoder, TextEncoder
 from stillhouse.studies.latentwire.gist import GistDecoder
 from stillhouse.studies.latentwire.prompt import Prefix
 from stillhouse.studies.latentwire.reader import Reader
+from stillhouse.studies.latentwire.run_settings import RunSettings
 from stillhouse.training.checkpoints import trained_tensors
 
 WEIGHTS = "model.safetensors"

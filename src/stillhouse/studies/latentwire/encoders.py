@@ -22,8 +22,8 @@ from stillhouse.models.loading import check_weights, frozen, load_tokenizer
 from stillhouse.models.lora import add_lora
 from stillhouse.runtime.errors import UserError
 from stillhouse.runtime.logs import logger
-from stillhouse.studies.latentwire.config import EncoderSettings, LatentSettings
 from stillhouse.studies.latentwire.reader import Reader
+from stillhouse.studies.latentwire.run_settings import EncoderSettings, LatentSettings
 
 BYTE_PADDING = 256
 

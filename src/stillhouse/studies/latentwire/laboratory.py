@@ -23,10 +23,11 @@ from stillhouse.studies.latentwire.adapters import Adapter
 from stillhouse.studies.latentwire.arms import present_latents, present_replay, present_texts, text_prompt
 from stillhouse.studies.latentwire.channel import WEIGHTS, Channel
 from stillhouse.studies.latentwire.combine import Outputs, graded
-from stillhouse.studies.latentwire.config import AnswerGenerationSettings, ReaderSettings, RunSettings
+from stillhouse.studies.latentwire.config import AnswerGenerationSettings
 from stillhouse.studies.latentwire.data import WireExample
 from stillhouse.studies.latentwire.reader import Reader
 from stillhouse.studies.latentwire.results import Subject
+from stillhouse.studies.latentwire.run_settings import ReaderSettings, RunSettings
 from stillhouse.studies.latentwire.scoring import (
     ItemScore,
     Presentation,

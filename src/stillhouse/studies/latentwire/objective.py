@@ -17,10 +17,10 @@ from torch.nn import functional
 
 from stillhouse.studies.latentwire.adapters import Adapter, root_mean_square
 from stillhouse.studies.latentwire.channel import Channel, Latents
-from stillhouse.studies.latentwire.config import LossSettings, RunSettings
 from stillhouse.studies.latentwire.data import WireBatch
 from stillhouse.studies.latentwire.prompt import AnswerRows
 from stillhouse.studies.latentwire.reader import Reader
+from stillhouse.studies.latentwire.run_settings import LossSettings, RunSettings
 from stillhouse.studies.latentwire.text_teacher import TextTeacher
 from stillhouse.training.objective import LossTerms
 

@@ -26,10 +26,11 @@ from stillhouse.models.loading import frozen, load_model, load_tokenizer
 from stillhouse.models.lora import adapter_disabled, add_lora
 from stillhouse.runtime.errors import UserError
 from stillhouse.runtime.seeds import generator
-from stillhouse.studies.latentwire.config import AnswerGenerationSettings, PromptStyle, ReaderSettings
+from stillhouse.studies.latentwire.config import AnswerGenerationSettings
 from stillhouse.studies.latentwire.data import AnswerTokens
 from stillhouse.studies.latentwire.decoding import decode_answers
 from stillhouse.studies.latentwire.prompt import AnswerRows, KeysValues, LayerShape, Prefix, Prompt, ReadPrompt
+from stillhouse.studies.latentwire.run_settings import PromptStyle, ReaderSettings
 
 __all__ = ["AnswerRows", "Prefix", "Prompt", "Reader"]
 _EMBEDDING_ROWS = 8192

@@ -22,7 +22,8 @@ from stillhouse.evaluation.statistics import (
     bootstrap_ratio_interval,
     wilson_interval,
 )
-from stillhouse.studies.latentwire.config import Arm, WireKind
+from stillhouse.studies.latentwire.config import Arm
+from stillhouse.studies.latentwire.run_settings import WireKind
 
 Split = Literal["validation", "test"]
 

@@ -24,9 +24,9 @@ from stillhouse.runtime.errors import UserError
 from stillhouse.runtime.files import verify_manifest
 from stillhouse.runtime.logs import logger
 from stillhouse.runtime.records import RunRecord, fingerprint
-from stillhouse.studies.latentwire.config import CacheSettings, ReaderSettings
 from stillhouse.studies.latentwire.data import WireBatch, WireExample, answer_tokens, read_examples
 from stillhouse.studies.latentwire.reader import Reader
+from stillhouse.studies.latentwire.run_settings import CacheSettings, ReaderSettings
 
 MODULE = "stillhouse.studies.latentwire.text_teacher"
 EXAMPLES_PER_SHARD = 128

@@ -23,12 +23,12 @@ from stillhouse.runtime.logs import log_to_file, logger
 from stillhouse.runtime.records import RunRecord, fingerprint
 from stillhouse.runtime.seeds import seed_everything
 from stillhouse.studies.latentwire.channel import Channel
-from stillhouse.studies.latentwire.config import RunSettings
 from stillhouse.studies.latentwire.curves import DIAGNOSTICS_FILE, append_diagnostics
 from stillhouse.studies.latentwire.data import WireData, WireExample, answer_tokens, read_examples
 from stillhouse.studies.latentwire.diagnostics import Diagnostics
 from stillhouse.studies.latentwire.objective import LatentWireObjective, Observer
 from stillhouse.studies.latentwire.reader import Reader
+from stillhouse.studies.latentwire.run_settings import RunSettings
 from stillhouse.studies.latentwire.text_teacher import CachedTeacher, OnlineTeacher, TextTeacher
 from stillhouse.training.loop import train
 from stillhouse.training.processes import process_state, staged_output

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stillhouse.runtime.errors import UserError
-from stillhouse.studies.latentwire.config import WireKind
+from stillhouse.studies.latentwire.run_settings import WireKind
 
 MAGIC, VERSION = b"LWIR", 1
 _PREAMBLE = struct.Struct("<4sBBHHH")
