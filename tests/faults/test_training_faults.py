@@ -35,21 +35,18 @@ def stop_and_finish(model: Path, folder: Path, undisturbed: Undisturbed, seconds
     status = trainer.finish(process)
     if met and number == signal.SIGKILL:
         assert status in (-signal.SIGKILL, 0)
-    kept = {
-        path.name: path.stat().st_ino
-        for kind in ("state", "checkpoint")
-        for _, path in numbered_directories(folder / "work", kind)
-    }
     last = max((step for step, _ in numbered_directories(folder / "work", "state")), default=0)
+    # A checkpoint beyond the last state (the stop came between the two) is made again with the steps behind it.
+    checkpoints = numbered_directories(folder / "work", "checkpoint")
+    kept = {path: path.stat().st_ino for step, path in checkpoints if step <= last}
     finished_before = (folder / "output").exists()
     assert finished_before == (status == 0)
     assert trainer.run(model, folder) == 0, trainer.messages(folder)
     assert undisturbed == folder
     if last and not finished_before:
         assert f"continuing from step {last} of" in trainer.messages(folder)
-    for name, inode in kept.items():
-        path = folder / "work" / name
-        assert name.startswith("state") or path.stat().st_ino == inode, f"{name} was finished and made again"
+    for path, inode in kept.items():
+        assert path.stat().st_ino == inode, f"{path.name} was finished and made again"
     return met
 
 

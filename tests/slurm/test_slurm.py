@@ -47,7 +47,7 @@ def undisturbed(tiny_model: Path, tmp_path: Path) -> Workflow:
 def test_a_workflow_that_loses_a_job_and_a_node_ends_with_the_results_of_an_undisturbed_run(
     project: Workflow, undisturbed: Workflow
 ) -> None:
-    reference = undisturbed.start(TARGET)
+    undisturbed.run(TARGET)
     process = project.start(TARGET, *PROFILE, *IMPATIENT)
     try:
         cancelled = job_in_training(project, process, 1)
@@ -62,11 +62,9 @@ def test_a_workflow_that_loses_a_job_and_a_node_ends_with_the_results_of_an_undi
         set_node("resume")
         one_node.run("scontrol", "update", f"JobId={lost}", "StartTime=now")
         assert process.wait(600) == 0, messages(project)
-        assert reference.wait(600) == 0, messages(undisturbed)
     finally:
-        for started in (process, reference):
-            if started.poll() is None:
-                os.killpg(started.pid, signal.SIGKILL)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
 
     assert (cancelled, "CANCELLED") in states()
     assert (lost, "COMPLETED") in states()
@@ -123,7 +121,7 @@ def weights(project: Workflow, seed: int) -> dict[str, str]:
 
 def wait(condition: Callable[[], bool], process: subprocess.Popen[bytes], what: str) -> None:
     """Wait, as long as the workflow runs."""
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 600
     while not condition():
         assert process.poll() is None, f"the workflow ended before {what}"
         assert time.monotonic() < deadline, f"waited in vain for {what}: {one_node.queue('all', '%i %T %r')}"
