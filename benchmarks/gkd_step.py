@@ -32,8 +32,8 @@ from stillhouse.models.output_head import output_head
 from stillhouse.models.quantized_lora import as_teacher
 from stillhouse.runtime.commands import run_step
 from stillhouse.studies.quantized_distillation.batches import StudentData
-from stillhouse.studies.quantized_distillation.config import DistillationSettings, SamplingSettings
 from stillhouse.studies.quantized_distillation.objective import GkdObjective
+from stillhouse.studies.quantized_distillation.run_settings import DistillationSettings, SamplingSettings
 
 
 class Benchmark(StrictModel):

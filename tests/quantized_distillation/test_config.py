@@ -9,7 +9,8 @@ from pydantic import ValidationError
 
 from stillhouse.config.quantization import WeightFormat
 from stillhouse.studies.configuration import embedded_configuration
-from stillhouse.studies.quantized_distillation.config import QuantizedDistillationConfig, RunSettings
+from stillhouse.studies.quantized_distillation.config import QuantizedDistillationConfig
+from stillhouse.studies.quantized_distillation.run_settings import RunSettings
 
 MODEL = "smollm2_135m"
 

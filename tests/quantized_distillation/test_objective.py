@@ -22,8 +22,8 @@ from stillhouse.models.target_cache import CacheFacts, compute_shards, publish_c
 from stillhouse.runtime.errors import UserError
 from stillhouse.runtime.records import RunRecord
 from stillhouse.studies.quantized_distillation.batches import StudentData
-from stillhouse.studies.quantized_distillation.config import CacheSettings, DistillationSettings, SamplingSettings
 from stillhouse.studies.quantized_distillation.objective import CachedTeacher, GkdObjective
+from stillhouse.studies.quantized_distillation.run_settings import CacheSettings, DistillationSettings, SamplingSettings
 from stillhouse.studies.quantized_distillation.teacher import MODULE, TeacherStep, targets
 
 SAMPLING = SamplingSettings(min_new_tokens=2, max_new_tokens=6)

@@ -13,7 +13,7 @@ from stillhouse.config.training import LoraSettings
 from stillhouse.data.packing import Sequence
 from stillhouse.models.lora import add_lora
 from stillhouse.models.quantized_lora import as_teacher, fake_quantized
-from stillhouse.studies.quantized_distillation.config import SamplingSettings
+from stillhouse.studies.quantized_distillation.run_settings import SamplingSettings
 from stillhouse.studies.quantized_distillation.sampling import draw, sample, with_sampled_answers
 
 STOPS = (7, 9)

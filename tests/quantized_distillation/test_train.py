@@ -19,7 +19,7 @@ from stillhouse.models.quantized_lora import load_student
 from stillhouse.runtime.errors import UserError
 from stillhouse.runtime.files import read_json, write_manifest
 from stillhouse.studies.quantized_distillation import export, teacher, train
-from stillhouse.studies.quantized_distillation.config import RunSettings
+from stillhouse.studies.quantized_distillation.run_settings import RunSettings
 from stillhouse.training.processes import TrainingInterrupted
 from stillhouse.training.tracking import read_metrics
 

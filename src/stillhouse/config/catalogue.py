@@ -104,9 +104,7 @@ MODELS: dict[str, ModelEntry] = {
         licence="Apache-2.0",
     ),
     "qwen3_4b_instruct": ModelEntry(
-        sources=(
-            HubSource(repo="Qwen/Qwen3-4B-Instruct-2507", revision="cdbee75f17c01a7cc42f958dc650907174af0554"),
-        ),
+        sources=(HubSource(repo="Qwen/Qwen3-4B-Instruct-2507", revision="cdbee75f17c01a7cc42f958dc650907174af0554"),),
         licence="Apache-2.0",
     ),
     "qwen3_8b": ModelEntry(

@@ -23,8 +23,8 @@ from stillhouse.models.target_cache import TargetCache
 from stillhouse.runtime.errors import UserError
 from stillhouse.runtime.seeds import derived_seed
 from stillhouse.studies.quantized_distillation.batches import collate
-from stillhouse.studies.quantized_distillation.config import DistillationSettings, SamplingSettings
 from stillhouse.studies.quantized_distillation.divergence import generalized_jsd
+from stillhouse.studies.quantized_distillation.run_settings import DistillationSettings, SamplingSettings
 from stillhouse.studies.quantized_distillation.sampling import with_sampled_answers
 from stillhouse.training.objective import LossTerms
 

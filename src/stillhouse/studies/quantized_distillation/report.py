@@ -172,8 +172,8 @@ def notes(evaluations: Sequence[QuantizedEvaluation]) -> Iterator[str]:
         yield f"`{results.model}`: {results.model_note or 'as published'}."
         if "dequantised" in results.model_note:
             yield (
-                f"The teacher of `{results.model}` is itself a dequantised file: its weights lie on a 4-bit grid already, "
-                "and the gap here is that of rounding them once more, to another grid."
+                f"The teacher of `{results.model}` is itself a dequantised file: its weights lie on a 4-bit grid "
+                "already, and the gap here is that of rounding them once more, to another grid."
             )
         for condition, reason in results.not_run.items():
             yield f"`{condition}` was not run for `{results.model}`: {reason}."

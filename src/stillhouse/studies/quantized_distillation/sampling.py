@@ -17,7 +17,7 @@ from transformers import DynamicCache
 from stillhouse.data.packing import Sequence
 from stillhouse.models.loading import evaluation_mode
 from stillhouse.runtime.seeds import generator
-from stillhouse.studies.quantized_distillation.config import SamplingSettings
+from stillhouse.studies.quantized_distillation.run_settings import SamplingSettings
 
 
 def with_sampled_answers(

@@ -21,8 +21,8 @@ from stillhouse.models.quantized_lora import load_student, quantized_once
 from stillhouse.runtime.errors import UserError
 from stillhouse.runtime.files import read_json
 from stillhouse.runtime.records import data_digest
-from stillhouse.studies.quantized_distillation.config import RunSettings
 from stillhouse.studies.quantized_distillation.results import TEACHER, System, SystemFacts, Variant
+from stillhouse.studies.quantized_distillation.run_settings import RunSettings
 from stillhouse.training.tracking import METRICS_FILE, read_metrics
 
 

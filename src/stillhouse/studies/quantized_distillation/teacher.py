@@ -22,8 +22,8 @@ from stillhouse.runtime.commands import run_step
 from stillhouse.runtime.files import verify_manifest
 from stillhouse.runtime.logs import logger
 from stillhouse.runtime.records import RunRecord, fingerprint
-from stillhouse.studies.quantized_distillation.config import CacheSettings
 from stillhouse.studies.quantized_distillation.data import read_instructions
+from stillhouse.studies.quantized_distillation.run_settings import CacheSettings
 
 MODULE = "stillhouse.studies.quantized_distillation.teacher"
 EXAMPLES_PER_SHARD = 128

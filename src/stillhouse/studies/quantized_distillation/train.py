@@ -29,9 +29,9 @@ from stillhouse.runtime.logs import log_to_file, logger
 from stillhouse.runtime.records import RunRecord, fingerprint
 from stillhouse.runtime.seeds import seed_everything
 from stillhouse.studies.quantized_distillation.batches import StudentData
-from stillhouse.studies.quantized_distillation.config import RunSettings
 from stillhouse.studies.quantized_distillation.data import read_instructions
 from stillhouse.studies.quantized_distillation.objective import CachedTeacher, GkdObjective
+from stillhouse.studies.quantized_distillation.run_settings import RunSettings
 from stillhouse.studies.quantized_distillation.validation import Validation
 from stillhouse.training.loop import train
 from stillhouse.training.processes import process_state, staged_output
