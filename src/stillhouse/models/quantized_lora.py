@@ -12,7 +12,7 @@ W + s BA. W is frozen, so only A and B get one, and theirs factor: dL/dB = s g^T
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,11 +167,18 @@ class RoundedLora(RoundedLayer, LoraLinear):
     and in training A and B get the gradients that they have in peft's own LoRA with the same mask.
     """
 
+    # Of peft's layer, which is not typed.
+    get_base_layer: Callable[[], nn.Linear]
+    active_adapters: list[str]
+    lora_A: dict[str, nn.Linear]
+    lora_B: dict[str, nn.Linear]
+    scaling: dict[str, float]
+    lora_dropout: dict[str, nn.Module]
+
     @property
     def frozen(self) -> nn.Linear:
         """The layer below the adapter."""
-        layer: nn.Linear = self.get_base_layer()
-        return layer
+        return self.get_base_layer()
 
     def merged_weight(self) -> Tensor:
         """W + s BA."""
@@ -243,4 +250,5 @@ class _MergedProduct(torch.autograd.Function):
 def _become(module: nn.Module, kind: type[RoundedLayer], rounding: Rounding) -> None:
     # peft and transformers make the layers and save them by their names; only how they compute is another.
     module.__class__ = kind
+    assert isinstance(module, kind)
     module.rounding, module.held = rounding, None

@@ -74,7 +74,8 @@ def note(curves: Sequence[Curve], drawn: Sequence[str]) -> str:
 
 def title(curves: Sequence[Curve]) -> str:
     """How far perplexity fell from ptq's, and where the teacher's is."""
-    start, ends = curves[0].points[0].values["perplexity"], {}
+    start = curves[0].points[0].values["perplexity"]
+    ends: dict[str, list[float]] = {}
     for one in curves:
         ends.setdefault(one.condition, []).append(one.points[-1].values["perplexity"])
     finals = ", ".join(f"{name} {sum(values) / len(values):.1f}" for name, values in list(ends.items())[:4])

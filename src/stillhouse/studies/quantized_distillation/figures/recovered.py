@@ -80,7 +80,8 @@ def draw_panel(axes: Axes, evaluation: QuantizedEvaluation) -> None:
 def _inside(value: Estimate) -> Estimate:
     """A ratio's interval can be endless: cut at the picture's edges, two gaps below zero and above one."""
     low, high = LOWEST / 100, 1 - LOWEST / 100
-    return Estimate(*(min(max(bound, low), high) for bound in (value.value, value.low, value.high)), value.n)
+    middle, left, right = (min(max(bound, low), high) for bound in (value.value, value.low, value.high))
+    return Estimate(middle, left, right, value.n)
 
 
 def title(evaluations: Sequence[QuantizedEvaluation]) -> str:
