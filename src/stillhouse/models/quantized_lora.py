@@ -170,8 +170,8 @@ class RoundedLora(RoundedLayer, LoraLinear):
     # Of peft's layer, which is not typed.
     get_base_layer: Callable[[], nn.Linear]
     active_adapters: list[str]
-    lora_A: dict[str, nn.Linear]
-    lora_B: dict[str, nn.Linear]
+    lora_A: dict[str, nn.Linear]  # noqa: N815 (their names)
+    lora_B: dict[str, nn.Linear]  # noqa: N815
     scaling: dict[str, float]
     lora_dropout: dict[str, nn.Module]
 
