@@ -83,7 +83,8 @@ QUANTIZED_DISTILLATION_TARGETS = {
 def runnable(what, objection):
     """Refuse what this machine cannot run; jobs that a cluster runs elsewhere find out there."""
     if objection and not workflow.non_local_exec:
-        raise WorkflowError(f"quantized_distillation: {what}: {objection}")
+        # Of a WorkflowError Snakemake makes "nothing to be done" where an earlier run left the results.
+        raise SystemExit(f"quantized_distillation: {what}: {objection}")
 
 
 def quant_model(wildcards):
