@@ -86,7 +86,7 @@ rule quantized_distillation_train:
 
 
 rule quantized_distillation_export:
-    """Merge a student's adapter and convert its weights; without a student, round the base to nearest."""
+    """Merge a student's adapter and convert its weights; without a student, round the base to nearest. Needs no GPU."""
     input:
         unpack(quant_export_inputs),
     output:
@@ -99,9 +99,8 @@ rule quantized_distillation_export:
         condition=r"(?!(?:gptq|awq)/)[^/]+",
     conda:
         "../envs/stillhouse.yaml"
-    threads: RESOURCES.evaluation.threads
+    threads: 1
     resources:
-        gpu=1,
         mem_mb=RESOURCES.evaluation.memory_mb,
         runtime=RESOURCES.evaluation.runtime_minutes,
     params:
@@ -109,8 +108,7 @@ rule quantized_distillation_export:
         settings=quant_export_settings,
         code=code_digests("stillhouse.studies.quantized_distillation.export"),
     shell:
-        f"{LEASE} --at-most {{resources.gpu}} -- "
-        "python -m stillhouse.studies.quantized_distillation.export {params.inputs:q} output={output:q} "
+        "CUDA_VISIBLE_DEVICES= python -m stillhouse.studies.quantized_distillation.export {params.inputs:q} output={output:q} "
         "{params.settings:q} 2>&1 | tee {log:q}"
 
 
