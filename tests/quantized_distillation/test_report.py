@@ -48,12 +48,14 @@ def test_the_section_says_damage_recovery_and_what_was_not_run(results: Path, tm
     assert "`awq` was not run for `tiny`: not among the conditions; llmcompressor's AWQ needs a GPU." in text
     assert "too coarse to test the published difference of 0.3 points" in text
     assert "itself a dequantised file" in text and "arc_easy 1.0" in text
+    assert "perplexity_curve.png" in text and "sweep_lr.png" not in text, "a figure of a sweep that was not run"
     names = {path.stem for path in (tmp_path / "tables").glob("*.csv")}
     assert names == {"systems", "texts", "tasks", "recovered", "paired", "gaps"}
 
 
 def test_a_sweep_has_a_table_whose_winner_validation_picks(tmp_path: Path) -> None:
-    make(swept(tmp_path / "results"), tmp_path)
+    text = make(swept(tmp_path / "results"), tmp_path)
+    assert "sweep_lr.png" in text and "beta_lambda.png" in text
     rows = list(csv.DictReader((tmp_path / "tables/sweep.csv").open()))
     assert rows[0]["picked"] == "picked" and {row["picked"] for row in rows[1:]} == {""}
     assert float(rows[0]["validation_kl"]) == min(float(row["validation_kl"]) for row in rows)

@@ -136,6 +136,7 @@ EMBEDDED: Overrides = {
         "teacher": {"batch_tokens": 1024},
         "validation": {"items": 8, "text_tokens": 256, "window": 128, "stride": 64, "batch_tokens": 1024},
         "training": {
+            "lora": {"rank": 32, "alpha": 64, "dropout": 0.05},
             "steps": 4,
             "batch_size": 4,
             "micro_batch_tokens": 1024,

@@ -11,6 +11,8 @@ import numpy as np
 from stillhouse.studies.quantized_distillation.results import QuantizedEvaluation, SystemFacts
 
 AXES = ("learning_rate", "beta", "on_policy_share", "lora_rank", "weight_format", "placement")
+# The figures of sweeps, and what varies in each.
+SWEPT = {"sweep_lr": ("learning_rate",), "beta_lambda": ("beta", "on_policy_share")}
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,14 @@ def groups_along(evaluation: QuantizedEvaluation, axes: Sequence[str]) -> list[l
         groups[rest].setdefault(tuple(cell.at(axis) for axis in axes), cell)
     found = [list(group.values()) for group in groups.values() if len(group) > 1]
     return sorted(found, key=len, reverse=True)
+
+
+def grid_over(evaluation: QuantizedEvaluation, axes: Sequence[str]) -> list[Cell] | None:
+    """The largest of `groups_along` in which every axis varies; None where there is none."""
+    for group in groups_along(evaluation, axes):
+        if all(len({cell.at(axis) for cell in group}) > 1 for axis in axes):
+            return group
+    return None
 
 
 def winner(found: Sequence[Cell]) -> Cell:

@@ -26,6 +26,7 @@ from stillhouse.studies.quantized_distillation.comparisons import (
     recovering,
     text_measures,
 )
+from stillhouse.studies.quantized_distillation.grids import SWEPT, grid_over
 from stillhouse.studies.quantized_distillation.results import PTQ, TEACHER, QuantizedEvaluation
 from stillhouse.studies.quantized_distillation.tables import (
     OFF_POLICY,
@@ -90,7 +91,8 @@ def main(step: ReportStep) -> None:
 
 def section(evaluations: Sequence[QuantizedEvaluation], tables: Sequence[Table]) -> str:
     """The study's section in Markdown."""
-    links = "\n".join(f"![{text}](figures/quantized_distillation/{name}.png)\n" for name, text in FIGURES.items())
+    drawn = [name for name in FIGURES if name not in SWEPT or any(grid_over(one, SWEPT[name]) for one in evaluations)]
+    links = "\n".join(f"![{FIGURES[name]}](figures/quantized_distillation/{name}.png)\n" for name in drawn)
     shown = [part for table in tables for part in (f"### {HEADINGS[table.name]}", folded(table))]
     parts = [
         "## Quantised distillation",

@@ -12,15 +12,14 @@ from stillhouse.reporting.style import VERMILLION, draw_frame, draw_notice, figu
 from stillhouse.runtime.commands import run_step
 from stillhouse.studies.quantized_distillation.comparisons import load_evaluations
 from stillhouse.studies.quantized_distillation.figures import FigureStep
-from stillhouse.studies.quantized_distillation.grids import Cell, groups_along, winner
-from stillhouse.studies.quantized_distillation.results import QuantizedEvaluation
+from stillhouse.studies.quantized_distillation.grids import SWEPT, Cell, grid_over, winner
 
-AXES = ("beta", "on_policy_share")
+AXES = SWEPT["beta_lambda"]
 
 
 def main(step: FigureStep) -> None:
     """Draw one map a model, of the largest grid that it has."""
-    grids = {one.results.model: group for one in load_evaluations(step.results) if (group := largest_grid(one))}
+    grids = {one.results.model: group for one in load_evaluations(step.results) if (group := grid_over(one, AXES))}
     if not grids:
         draw_notice(
             step.output, "Beta and lambda are not swept together: config/experiments/quantized_beta_lambda.yaml does."
@@ -37,14 +36,6 @@ def main(step: FigureStep) -> None:
         )
         draw_frame(drawing, title(list(grids.values())), note)
         save_figure(drawing, step.output)
-
-
-def largest_grid(evaluation: QuantizedEvaluation) -> list[Cell] | None:
-    """The cells of the largest grid that varies in both axes."""
-    for group in groups_along(evaluation, AXES):
-        if all(len({cell.at(axis) for cell in group}) > 1 for axis in AXES):
-            return group
-    return None
 
 
 def draw_map(axes: Axes, group: Sequence[Cell]) -> None:

@@ -34,7 +34,7 @@ def main(step: FigureStep) -> None:
     """Draw one row of panels a model: what the winner is picked by, and the first text's NLL on the test data."""
     evaluations = [one for one in load_evaluations(step.results) if groups_along(one, (AXIS,))]
     if not evaluations:
-        draw_notice(step.output, "No learning rates are swept: config/experiments/quantized_sweep_lr.yaml does.")
+        draw_notice(step.output, "No learning rates are swept: config/experiments/quantized_learning_rate.yaml does.")
         return
     with figure(10, 1.5 + 3 * len(evaluations)) as drawing:
         grid = drawing.subplots(len(evaluations), 2, squeeze=False, sharex="row")
