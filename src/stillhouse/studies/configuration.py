@@ -76,13 +76,10 @@ class Configuration(StrictModel):
 
 
 def embedded_configuration() -> Configuration:
-    """The configuration of `config/config.yaml`: every study at a size for two cores, from packages alone.
-
-    LatentWire is switched off: the learning rate of its small run is not settled yet.
-    """
+    """The configuration of `config/config.yaml`: every study at a size for two cores, from packages alone."""
     return Configuration.model_validate(
         {
-            "studies": ("context_distillation", "consistency_lens"),
+            "studies": ("context_distillation", "consistency_lens", "latentwire"),
             "context_distillation": CONTEXT_DISTILLATION,
             "quantized_distillation": QUANTIZED_DISTILLATION,
             "consistency_lens": CONSISTENCY_LENS,
