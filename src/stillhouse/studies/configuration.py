@@ -79,7 +79,6 @@ def embedded_configuration() -> Configuration:
     """The configuration of `config/config.yaml`: every study at a size for two cores, from packages alone."""
     return Configuration.model_validate(
         {
-            "studies": ("context_distillation", "consistency_lens", "latentwire"),
             "context_distillation": CONTEXT_DISTILLATION,
             "quantized_distillation": QUANTIZED_DISTILLATION,
             "consistency_lens": CONSISTENCY_LENS,
