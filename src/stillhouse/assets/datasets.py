@@ -200,6 +200,15 @@ def _alpaca(row: Row) -> Row:
     return _problem("\n\n".join(part for part in (row["instruction"], row["input"]) if part), row["output"])
 
 
+def _conversation(row: Row) -> Row:
+    """A list of messages: the first user turn, after what the system says, and the answer to it."""
+    messages = row["messages"]
+    asked = next(place for place, message in enumerate(messages) if message["role"] == "user")
+    system = [message["content"] for message in messages[:asked] if message["role"] == "system"]
+    answer = next((each["content"] for each in messages[asked + 1 :] if each["role"] == "assistant"), "")
+    return _problem("\n\n".join([*system, messages[asked]["content"]]), answer)
+
+
 def _text(row: Row) -> Row:
     """A document per row; a text file has one per line."""
     return {"text": row["text"].strip()}
@@ -256,6 +265,7 @@ READERS: dict[str, Callable[[Row], Row]] = {
     "asdiv": _asdiv,
     "ifeval_like": _ifeval_like,
     "alpaca": _alpaca,
+    "conversation": _conversation,
     "text": _text,
     "story": _story,
     "lambada": _lambada,

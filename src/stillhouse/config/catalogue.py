@@ -103,6 +103,10 @@ MODELS: dict[str, ModelEntry] = {
         sources=(HubSource(repo="Qwen/Qwen3-1.7B", revision="70d244cc86ccca08cf5af4e1e306ecf908b1ad5e"),),
         licence="Apache-2.0",
     ),
+    "qwen3_4b_instruct": ModelEntry(
+        sources=(HubSource(repo="Qwen/Qwen3-4B-Instruct-2507", revision="cdbee75f17c01a7cc42f958dc650907174af0554"),),
+        licence="Apache-2.0",
+    ),
     "qwen3_8b": ModelEntry(
         sources=(HubSource(repo="Qwen/Qwen3-8B", revision="b968826d9c46dd6066d109eabc6255188de91218"),),
         licence="Apache-2.0",
@@ -236,6 +240,22 @@ DATASETS: dict[str, DatasetEntry] = {
         sources=(HubSource(repo="argilla/ifeval-like-data", revision="64d3c6f1820a0eee20c41c8033d39ebcc7cf04c2"),),
         licence="Qwen License (responses by Qwen2.5-72B-Instruct)",
         note="synthetic prompts in IFEval's manner, not IFEval itself",
+    ),
+    "tulu3": DatasetEntry(
+        task="instruction",
+        reader="conversation",
+        splits={"train": "data/train-*.parquet"},
+        sources=(HubSource(repo="allenai/tulu-3-sft-mixture"),),
+        licence="ODC-BY",
+        note="939,343 conversations; the first turn of each",
+    ),
+    "wikitext2": DatasetEntry(
+        task="passages",
+        reader="text",
+        splits={"test": "wikitext-2-raw-v1/test-*.parquet"},
+        sources=(HubSource(repo="Salesforce/wikitext"),),
+        licence="CC BY-SA",
+        note="the raw form, a paragraph a row",
     ),
     "alpaca_packaged": DatasetEntry(
         task="instruction",

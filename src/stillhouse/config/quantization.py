@@ -20,7 +20,13 @@ FormatKind = Literal["int4", "nvfp4", "nf4", "fp4"]
 # Where the LoRA of a student sits: inside the rounded weight, Q(W + BA)x, or beside it, Q(W)x + BAx.
 LoraQuantisation = Literal["merged", "beside"]
 
-LIBRARIES: dict[FormatKind, str] = {"int4": "torchao", "nvfp4": "torchao", "nf4": "bitsandbytes", "fp4": "bitsandbytes"}
+# What rounds the weights, where this package does not do it itself, and what packs and unpacks them.
+LIBRARIES: dict[FormatKind, tuple[str, ...]] = {
+    "int4": ("compressed_tensors",),
+    "nvfp4": ("torchao", "compressed_tensors"),
+    "nf4": ("bitsandbytes",),
+    "fp4": ("bitsandbytes",),
+}
 # nvfp4: a scale per 16 weights is part of the format; nf4 and fp4: bitsandbytes' own block in transformers.
 FIXED_GROUPS: dict[FormatKind, int] = {"nvfp4": 16, "nf4": 64, "fp4": 64}
 # The first GPUs that multiply NVFP4 numbers (Blackwell).
@@ -41,8 +47,8 @@ class WeightFormat(StrictModel):
     kind: Annotated[
         FormatKind,
         Field(
-            description="int4: whole numbers (torchao's grid); nvfp4: 4-bit floats with 8-bit scales (torchao); nf4, fp4: "
-            "bitsandbytes."
+            description="int4: whole numbers (torchao's grid); nvfp4: 4-bit floats with 8-bit scales (torchao's); "
+            "nf4, fp4: bitsandbytes'."
         ),
     ] = "int4"
     group_size: Annotated[
@@ -67,11 +73,6 @@ class WeightFormat(StrictModel):
         return self.group_size or FIXED_GROUPS.get(self.kind, 128)
 
     @property
-    def library(self) -> str:
-        """The library that defines the format, and converts weights to it."""
-        return LIBRARIES[self.kind]
-
-    @property
     def name(self) -> str:
         """A name for paths and tables: `int4-g64`, `int4-g32-asymmetric`, `nvfp4-emulated`, `nf4`."""
         if self.kind == "int4":
@@ -80,10 +81,9 @@ class WeightFormat(StrictModel):
 
     def objection(self, machine: Machine) -> str | None:
         """Why this machine cannot run the format, and what to do; None where it can."""
-        if self.library not in machine.libraries:
-            return (
-                f"format {self.name} needs {self.library}, which is not installed: install it, or choose another kind"
-            )
+        missing = [library for library in LIBRARIES[self.kind] if library not in machine.libraries]
+        if missing:
+            return f"format {self.name} needs {missing[0]}, which is not installed: install it, or choose another kind"
         capable = any(capability >= NVFP4_COMPUTE_CAPABILITY for capability in machine.compute_capabilities)
         if self.kind == "nvfp4" and not self.emulated and not capable:
             found = ", ".join(map(str, machine.compute_capabilities)) or "no GPU"
@@ -109,8 +109,8 @@ class WeightFormat(StrictModel):
 @cache
 def this_machine() -> Machine:
     """What the machine that builds the DAG has."""
-    names = frozenset(name for name in LIBRARIES.values() if importlib.util.find_spec(name))
-    return Machine(_compute_capabilities(), names)
+    names = {name for libraries in LIBRARIES.values() for name in libraries}
+    return Machine(_compute_capabilities(), frozenset(filter(importlib.util.find_spec, names)))
 
 
 def _compute_capabilities() -> tuple[float, ...]:

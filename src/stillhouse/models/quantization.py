@@ -52,7 +52,7 @@ def require_format(model: PreTrainedModel, weight_format: WeightFormat) -> None:
     """Raise UserError where the machine lacks what the format needs, or its groups do not divide a layer."""
     if objection := weight_format.objection(this_machine()):
         raise UserError(objection)
-    if weight_format.library == "bitsandbytes":
+    if weight_format.kind in ("nf4", "fp4"):
         return  # its blocks run over the flattened weight
     for name, layer in quantized_linears(model):
         if layer.in_features % weight_format.group:
@@ -74,9 +74,10 @@ def fake_quantize(weight: Tensor, weight_format: WeightFormat, dtype: torch.dtyp
         case "int4":
             return int4(weight, weight_format, dtype).dequantize().to(dtype)
         case "nvfp4":
-            return _through_nvfp4(weight).to(dtype)
+            rounded: Tensor = nvfp4(weight).dequantize(dtype)
+            return rounded
         case "nf4" | "fp4":
-            return _through_bitsandbytes(weight, weight_format.kind).to(dtype)
+            return _unpacked(*bitsandbytes_4bit(weight, weight_format.kind)).to(dtype)
 
 
 @torch.no_grad()
@@ -89,7 +90,8 @@ def int4(weight: Tensor, weight_format: WeightFormat, scale_dtype: torch.dtype) 
     groups = weight.unflatten(1, (-1, weight_format.group))
     smallest = torch.finfo(weight.dtype).smallest_normal
     if weight_format.symmetric:
-        scale = torch.linalg.vector_norm(groups, torch.inf, dim=-1, keepdim=True).div_(7.5).clamp_(min=smallest)
+        largest = torch.maximum(groups.amax(-1, keepdim=True), groups.amin(-1, keepdim=True).neg_())
+        scale = largest.div_(7.5).clamp_(min=smallest)
         scale = scale.to(scale_dtype).to(weight.dtype)
         return Int4Weight((groups * scale.reciprocal()).round_().clamp_(INT4_LOWEST, INT4_HIGHEST), scale, None)
     low, high = groups.aminmax(dim=-1, keepdim=True)
@@ -100,17 +102,26 @@ def int4(weight: Tensor, weight_format: WeightFormat, scale_dtype: torch.dtype) 
     return Int4Weight(codes, scale, zero_point)
 
 
-def _through_nvfp4(weight: Tensor) -> Tensor:
+@torch.no_grad()
+def nvfp4(weight: Tensor) -> Any:
+    """The weight as torchao's `NVFP4Tensor`: `qdata` two codes a byte, `scale` fp8 a group, `per_tensor_scale` fp32."""
     from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor, per_tensor_amax_to_scale
 
     scale = per_tensor_amax_to_scale(torch.linalg.vector_norm(weight, torch.inf))
-    rounded: Tensor = NVFP4Tensor.to_nvfp4(weight.contiguous(), per_tensor_scale=scale).dequantize()
-    return rounded
+    return NVFP4Tensor.to_nvfp4(weight.contiguous(), per_tensor_scale=scale)
 
 
-def _through_bitsandbytes(weight: Tensor, kind: str) -> Tensor:
+@torch.no_grad()
+def bitsandbytes_4bit(weight: Tensor, kind: str) -> tuple[Tensor, Any]:
+    """The packed codes of bitsandbytes and its `QuantState`; kind: nf4 or fp4."""
     from bitsandbytes import functional
 
-    rounded: tuple[Tensor, Any] = functional.quantize_4bit(weight.contiguous(), blocksize=64, quant_type=kind)
-    values: Tensor = functional.dequantize_4bit(*rounded)
+    packed: tuple[Tensor, Any] = functional.quantize_4bit(weight.contiguous(), blocksize=64, quant_type=kind)
+    return packed
+
+
+def _unpacked(packed: Tensor, state: Any) -> Tensor:
+    from bitsandbytes import functional
+
+    values: Tensor = functional.dequantize_4bit(packed, state)
     return values

@@ -12,7 +12,7 @@ W + s BA. W is frozen, so only A and B get one, and theirs factor: dL/dB = s g^T
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 
 from stillhouse.config.quantization import LoraQuantisation, WeightFormat
 from stillhouse.config.training import Precision
-from stillhouse.models.loading import load_model
+from stillhouse.models.loading import evaluation_mode, load_model
 from stillhouse.models.lora import adapter_disabled, load_checkpoint
 from stillhouse.models.quantization import fake_quantize, quantized_linears, require_format
 
@@ -82,14 +82,15 @@ def as_teacher(model: Model) -> Iterator[Model]:
 
     Every module's training mode is restored exactly on leaving.
     """
-    rounding = _rounding(model)
+    rounding = rounding_of(model)
     enabled, rounding.enabled = rounding.enabled, False
     try:
         if isinstance(model, PeftModel):
             with adapter_disabled(model):
                 yield model
         else:
-            yield model
+            with evaluation_mode(model):
+                yield model
     finally:
         rounding.enabled = enabled
 
@@ -100,7 +101,7 @@ def quantized_once(model: Model) -> Iterator[Model]:
 
     Holds one rounded copy of the layers' weights meanwhile, so the adapter must not change inside.
     """
-    layers = [module for module in model.modules() if isinstance(module, _Rounded) and module.held is None]
+    layers = [module for module in model.modules() if isinstance(module, RoundedLayer) and module.held is None]
     try:
         for layer in layers:
             layer.held = layer.rounded_weight()
@@ -110,40 +111,48 @@ def quantized_once(model: Model) -> Iterator[Model]:
             layer.held = None
 
 
-class _Rounded(nn.Module):
+def rounding_of(model: nn.Module) -> Rounding:
+    """What the rounded layers of a model share; a TypeError where there are none."""
+    for module in model.modules():
+        if isinstance(module, RoundedLayer):
+            return module.rounding
+    raise TypeError("only a model that fake_quantized has gone over has a teacher behind it")
+
+
+class RoundedLayer(nn.Module):
     """What both kinds of layer have; `held` is the rounded weight while `quantized_once` is in force."""
 
     rounding: Rounding
     held: Tensor | None
 
-    def exact_weight(self) -> Tensor:
-        """The weight [out, in] that is rounded, in fp32."""
+    @property
+    def frozen(self) -> nn.Linear:
+        """The layer that holds W and its bias, neither ever trained."""
         raise NotImplementedError
 
-    @property
-    def stored_dtype(self) -> torch.dtype:
-        """The type of the frozen weight, which the rounded one is computed with."""
-        raise NotImplementedError
+    def merged_weight(self) -> Tensor:
+        """W, or W + s BA where there is an adapter: [out, in] in fp32, not rounded."""
+        return self.frozen.weight.float()
+
+    def exact_weight(self) -> Tensor:
+        """The weight [out, in] that is rounded, in fp32."""
+        return self.merged_weight()
 
     def rounded_weight(self) -> Tensor:
         """The weight [out, in] that the layer computes with; no gradient."""
         if self.held is not None:
             return self.held
         with torch.no_grad():
-            return fake_quantize(self.exact_weight(), self.rounding.weight_format, self.stored_dtype)
+            return fake_quantize(self.exact_weight(), self.rounding.weight_format, self.frozen.weight.dtype)
 
 
-class RoundedLinear(_Rounded, nn.Linear):
+class RoundedLinear(RoundedLayer, nn.Linear):
     """A frozen projection without an adapter: y = Q(W) x, or W x for the teacher."""
 
-    def exact_weight(self) -> Tensor:
-        """W."""
-        return self.weight.float()
-
     @property
-    def stored_dtype(self) -> torch.dtype:
-        """W's."""
-        return self.weight.dtype
+    def frozen(self) -> nn.Linear:
+        """The layer itself."""
+        return self
 
     def forward(self, input: Tensor) -> Tensor:
         """inputs: [..., in]; returns [..., out]."""
@@ -151,30 +160,39 @@ class RoundedLinear(_Rounded, nn.Linear):
         return functional.linear(input, weight, self.bias)
 
 
-class RoundedLora(_Rounded, LoraLinear):
+class RoundedLora(RoundedLayer, LoraLinear):
     """A frozen projection with one LoRA adapter: see the module's description for the two places it may have.
 
     Dropout falls on the adapter's input alone. Merged, s BA (dropout(x) - x) is added: in evaluation that is nothing,
     and in training A and B get the gradients that they have in peft's own LoRA with the same mask.
     """
 
-    def exact_weight(self) -> Tensor:
-        """W + s BA where the adapter is merged, else W."""
-        weight = self.get_base_layer().weight.float()
-        if self.rounding.placement == "beside" or self.disable_adapters:
-            return weight
-        lora_a, lora_b, scaling, _ = self._adapter()
-        return torch.addmm(weight, lora_b.weight.float(), lora_a.weight.float(), alpha=scaling)
+    # Of peft's layer, which is not typed.
+    get_base_layer: Callable[[], nn.Linear]
+    active_adapters: list[str]
+    lora_A: dict[str, nn.Linear]  # noqa: N815 (their names)
+    lora_B: dict[str, nn.Linear]  # noqa: N815
+    scaling: dict[str, float]
+    lora_dropout: dict[str, nn.Module]
 
     @property
-    def stored_dtype(self) -> torch.dtype:
-        """W's."""
-        dtype: torch.dtype = self.get_base_layer().weight.dtype
-        return dtype
+    def frozen(self) -> nn.Linear:
+        """The layer below the adapter."""
+        return self.get_base_layer()
+
+    def merged_weight(self) -> Tensor:
+        """W + s BA."""
+        lora_a, lora_b, scaling, _ = self._adapter()
+        return torch.addmm(self.frozen.weight.float(), lora_b.weight.float(), lora_a.weight.float(), alpha=scaling)
+
+    def exact_weight(self) -> Tensor:
+        """W + s BA where the adapter is merged, W where it is beside or off."""
+        alone = self.rounding.placement == "beside" or self.disable_adapters
+        return self.frozen.weight.float() if alone else self.merged_weight()
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x: [..., in]; returns [..., out]."""
-        base = self.get_base_layer()
+        base = self.frozen
         if not self.rounding.enabled:
             return functional.linear(x, base.weight, base.bias)
         rounded = self.rounded_weight()
@@ -182,12 +200,17 @@ class RoundedLora(_Rounded, LoraLinear):
             return functional.linear(x, rounded, base.bias)
         lora_a, lora_b, scaling, dropout = self._adapter()
         if self.rounding.placement == "beside":
-            return functional.linear(x, rounded, base.bias) + scaling * lora_b(lora_a(dropout(x)))
+            return functional.linear(x, rounded, base.bias) + self._through_adapter(dropout(x))
         product: Tensor = _MergedProduct.apply(x, rounded, lora_a.weight, lora_b.weight, scaling)
         result = product if base.bias is None else product + base.bias
         if self.training and isinstance(dropout, nn.Dropout):
-            result = result + scaling * lora_b(lora_a(dropout(x) - x))
+            result = result + self._through_adapter(dropout(x) - x)
         return result
+
+    def _through_adapter(self, x: Tensor) -> Tensor:
+        lora_a, lora_b, scaling, _ = self._adapter()
+        added: Tensor = lora_b(lora_a(x.to(lora_a.weight.dtype))) * scaling
+        return added.to(x.dtype)
 
     def _adapter(self) -> tuple[nn.Linear, nn.Linear, float, nn.Module]:
         [name] = self.active_adapters
@@ -224,14 +247,8 @@ class _MergedProduct(torch.autograd.Function):
         )
 
 
-def _become(module: nn.Module, kind: type[_Rounded], rounding: Rounding) -> None:
+def _become(module: nn.Module, kind: type[RoundedLayer], rounding: Rounding) -> None:
     # peft and transformers make the layers and save them by their names; only how they compute is another.
     module.__class__ = kind
+    assert isinstance(module, kind)
     module.rounding, module.held = rounding, None
-
-
-def _rounding(model: nn.Module) -> Rounding:
-    for module in model.modules():
-        if isinstance(module, _Rounded):
-            return module.rounding
-    raise TypeError("only a model that fake_quantized has gone over has a teacher behind it")

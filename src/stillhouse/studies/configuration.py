@@ -27,8 +27,10 @@ from stillhouse.studies.latentwire.config import EMBEDDED as LATENTWIRE
 from stillhouse.studies.latentwire.config import LatentWireConfig
 from stillhouse.studies.lora_generation.config import EMBEDDED as LORA_GENERATION
 from stillhouse.studies.lora_generation.config import LoraGenerationConfig
+from stillhouse.studies.quantized_distillation.config import EMBEDDED as QUANTIZED_DISTILLATION
+from stillhouse.studies.quantized_distillation.config import QuantizedDistillationConfig
 
-STUDIES = ("context_distillation", "consistency_lens", "latentwire", "lora_generation")
+STUDIES = ("context_distillation", "quantized_distillation", "consistency_lens", "latentwire", "lora_generation")
 
 
 class Configuration(StrictModel):
@@ -40,6 +42,7 @@ class Configuration(StrictModel):
     tracking: TrackingSettings = TrackingSettings()
     resources: ResourceSettings = ResourceSettings()
     context_distillation: ContextDistillationConfig = ContextDistillationConfig()
+    quantized_distillation: QuantizedDistillationConfig = QuantizedDistillationConfig()
     consistency_lens: ConsistencyLensConfig = ConsistencyLensConfig()
     latentwire: LatentWireConfig = LatentWireConfig()
     lora_generation: LoraGenerationConfig = LoraGenerationConfig()
@@ -76,14 +79,11 @@ class Configuration(StrictModel):
 
 
 def embedded_configuration() -> Configuration:
-    """The configuration of `config/config.yaml`: every study at a size for two cores, from packages alone.
-
-    LatentWire is switched off: the learning rate of its small run is not settled yet.
-    """
+    """The configuration of `config/config.yaml`: every study at a size for two cores, from packages alone."""
     return Configuration.model_validate(
         {
-            "studies": ("context_distillation", "consistency_lens"),
             "context_distillation": CONTEXT_DISTILLATION,
+            "quantized_distillation": QUANTIZED_DISTILLATION,
             "consistency_lens": CONSISTENCY_LENS,
             "latentwire": LATENTWIRE,
             "lora_generation": LORA_GENERATION,
