@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from stillhouse.reporting.steps import FigureStep
 from stillhouse.runtime.commands import parse_settings
 from stillhouse.runtime.errors import UserError
 from stillhouse.studies.quantized_distillation.comparisons import load_evaluations, recoverable, recovering
 from stillhouse.studies.quantized_distillation.curves import read_curve
-from stillhouse.studies.quantized_distillation.figures import CurveStep, FigureStep, accuracy, recovered, sweep_lr
+from stillhouse.studies.quantized_distillation.figures import CurveStep, accuracy, recovered, sweep_lr
 from stillhouse.studies.quantized_distillation.grids import groups_along, winner
 from tests.quantized_distillation.fake_results import SEEDS, swept, write_evaluation, write_student
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from stillhouse.reporting.steps import ReportStep
 from stillhouse.runtime.commands import parse_settings
 from stillhouse.studies.quantized_distillation.comparisons import (
     average_accuracy,
@@ -19,7 +20,7 @@ from stillhouse.studies.quantized_distillation.comparisons import (
     task_measures,
     text_measures,
 )
-from stillhouse.studies.quantized_distillation.report import ReportStep, main
+from stillhouse.studies.quantized_distillation.report import main
 from stillhouse.studies.quantized_distillation.results import QuantizedEvaluation
 from tests.quantized_distillation.fake_results import DISTANCES, swept, write_evaluation
 

@@ -6,12 +6,8 @@ Every sentence about an outcome is computed. Links are relative to `results/`, w
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Annotated
 
-from pydantic import Field
-
-from stillhouse.config.base import StrictModel
+from stillhouse.reporting.steps import ReportStep
 from stillhouse.reporting.tables import Table, format_estimate, write_table
 from stillhouse.runtime.commands import run_step
 from stillhouse.runtime.files import atomic_write_text, staged_directory
@@ -68,15 +64,6 @@ CORRECTIONS = (
     "Baselines that need no training stand beside the students.",
 )
 PUBLISHED_POINTS = 0.3
-
-
-class ReportStep(StrictModel):
-    """The step's command line; the items lie beside the results and are named for the workflow's sake."""
-
-    results: Annotated[tuple[Path, ...], Field(min_length=1)]
-    item_scores: tuple[Path, ...] = ()
-    section: Path
-    tables: Annotated[Path, Field(description="Directory for CSV, LaTeX and Markdown, replaced as a whole.")]
 
 
 def main(step: ReportStep) -> None:

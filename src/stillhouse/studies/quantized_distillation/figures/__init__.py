@@ -1,4 +1,4 @@
-"""The study's figures, one module each, and the command lines that they share."""
+"""The study's figures, one module each, and the command line of those of training."""
 
 from __future__ import annotations
 
@@ -8,14 +8,6 @@ from typing import Annotated
 from pydantic import Field
 
 from stillhouse.config.base import StrictModel
-
-
-class FigureStep(StrictModel):
-    """The command line of a figure; the items lie beside the results and are named for the workflow's sake."""
-
-    results: Annotated[tuple[Path, ...], Field(min_length=1)]
-    item_scores: tuple[Path, ...] = ()
-    output: Annotated[Path, Field(description="The PNG; the SVG is written beside it.")]
 
 
 class CurveStep(StrictModel):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 
+from stillhouse.reporting.steps import FigureStep
 from stillhouse.reporting.style import condition_style, draw_frame, draw_notice, error_bars, figure, save_figure
 from stillhouse.runtime.commands import run_step
 from stillhouse.studies.quantized_distillation.comparisons import (
@@ -18,7 +19,6 @@ from stillhouse.studies.quantized_distillation.comparisons import (
     shown,
     task_measures,
 )
-from stillhouse.studies.quantized_distillation.figures import FigureStep
 from stillhouse.studies.quantized_distillation.results import PTQ, TEACHER, QuantizedEvaluation
 
 

@@ -8,10 +8,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
+from stillhouse.reporting.steps import FigureStep
 from stillhouse.reporting.style import VERMILLION, draw_frame, draw_notice, figure, save_figure
 from stillhouse.runtime.commands import run_step
 from stillhouse.studies.quantized_distillation.comparisons import load_evaluations
-from stillhouse.studies.quantized_distillation.figures import FigureStep
 from stillhouse.studies.quantized_distillation.grids import SWEPT, Cell, grid_over, winner
 
 AXES = SWEPT["beta_lambda"]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 
 from stillhouse.evaluation.statistics import Estimate
+from stillhouse.reporting.steps import FigureStep
 from stillhouse.reporting.style import (
     BLACK,
     GREY,
@@ -25,7 +26,6 @@ from stillhouse.studies.quantized_distillation.comparisons import (
     recovering,
     sample_note,
 )
-from stillhouse.studies.quantized_distillation.figures import FigureStep
 from stillhouse.studies.quantized_distillation.results import QuantizedEvaluation
 
 LOWEST = -100.0

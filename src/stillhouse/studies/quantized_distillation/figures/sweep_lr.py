@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 
+from stillhouse.reporting.steps import FigureStep
 from stillhouse.reporting.style import (
     BLACK,
     PALETTE,
@@ -22,7 +23,6 @@ from stillhouse.studies.quantized_distillation.comparisons import (
     sample_note,
     text_measures,
 )
-from stillhouse.studies.quantized_distillation.figures import FigureStep
 from stillhouse.studies.quantized_distillation.grids import Cell, groups_along, winner
 from stillhouse.studies.quantized_distillation.results import QuantizedEvaluation
 
