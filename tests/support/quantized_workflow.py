@@ -35,8 +35,9 @@ TINY_STUDY: dict[str, Any] = {
             "precision": "fp32",
             "save_every": 1,
             "resume_every": 1,
-            "schedule": {"warmup_steps": 1},
-            "lora": {"rank": 2},
+            # From the first update on, so that every checkpoint differs from plain rounding.
+            "schedule": {"warmup_steps": 0},
+            "lora": {"rank": 2, "alpha": 32},
         },
     },
     "sweeps": {
