@@ -1,0 +1,160 @@
+"""What a benchmark is, and how one is run: first equality in fp32, then time by turns, operations and peak memory.
+
+A benchmark declares its forms: the naive one first, which the others must equal, the tool that people would pick, and
+ours. A form is prepared apart from the others, so that its memory can be measured in a process of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+from torch import Tensor
+
+from benchmarks.instruments import by_turns, operations, peak_memory_mib
+from benchmarks.results import BenchmarkResult, FormResult, Role
+from benchmarks.scale import Scale, exact
+from stillhouse.runtime.errors import UserError
+
+Outcome = Mapping[str, Tensor]
+Work = Callable[[], Outcome]
+Quantity = Literal["time", "operations", "memory"]
+
+
+@dataclass(frozen=True)
+class Form:
+    """One way of computing it.
+
+    prepare: loads what the form needs, out of a folder that all forms share, and returns one unit of work, which
+    returns what must be equal. timed: False where only equality is asked. compared: False where chance decides.
+    counted: False where the operations happen outside torch's sight, in processes or kernels of their own.
+    """
+
+    name: str
+    role: Role
+    prepare: Callable[[Path, Scale], Work]
+    timed: bool = True
+    compared: bool = True
+    counted: bool = True
+
+
+@dataclass(frozen=True)
+class Aim:
+    """Against that form, ours is to need at most 1/`at_least` of the quantity."""
+
+    against: str
+    quantity: Quantity
+    at_least: float
+    device: Literal["any", "gpu"] = "any"
+
+    @property
+    def text(self) -> str:
+        """For people."""
+        noun = {"time": "time", "operations": "FLOPs", "memory": "peak memory"}[self.quantity]
+        factor = f"at least {self.at_least:g} x" if self.at_least >= 1 else f"within {1 / self.at_least:g} x"
+        return f"{noun} {factor}{' on a GPU' if self.device == 'gpu' else ''}"
+
+
+@dataclass(frozen=True)
+class Floor:
+    """The least that any form must do: floating-point operations, bytes moved to or from memory, and tokens of work."""
+
+    operations: float
+    bytes: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A row of the page.
+
+    what, floor_formula, remains, shortfall: text for people. `remains` says what lies between the floor and ours,
+    `shortfall` why an aim is missed, where it is. tolerance: of the relative difference of each outcome, as norms:
+    |a - b| / |b|. change: sizes of this benchmark that differ from the scale's.
+    """
+
+    name: str
+    what: str
+    forms: tuple[Form, ...]
+    aims: tuple[Aim, ...]
+    floor: Callable[[Path, Scale], Floor]
+    floor_formula: str
+    remains: str
+    shortfall: str = ""
+    tolerance: float = 1e-4
+    change: Callable[[Scale], Scale] = field(default=lambda scale: scale)
+
+
+def measure(benchmark: Benchmark, scale: Scale, folder: Path) -> BenchmarkResult:
+    """Measure every form. Raises `UserError` where one of them computes something else than the first."""
+    scale = benchmark.change(scale)
+    works = {form.name: form.prepare(folder, exact(scale)) for form in benchmark.forms}
+    errors = compare(benchmark, works)
+    timed = [form for form in benchmark.forms if form.timed]
+    if exact(scale) != scale:
+        works.clear()
+        works = {form.name: form.prepare(folder, scale) for form in timed}
+        for work in works.values():
+            work()
+    seconds = by_turns({form.name: works[form.name] for form in timed}, scale.rounds)
+    counts = {form.name: operations(works[form.name]) for form in timed if form.counted}
+    works.clear()
+    memory = {form.name: peak_memory_mib(form.prepare, folder, scale) for form in timed}
+    floor = benchmark.floor(folder, scale)
+    return BenchmarkResult(
+        measured=datetime.now(UTC).replace(microsecond=0),
+        tokens=floor.tokens,
+        tolerance=benchmark.tolerance,
+        floor_operations=floor.operations,
+        floor_bytes=floor.bytes,
+        forms=tuple(
+            FormResult(
+                name=form.name,
+                role=form.role,
+                seconds=seconds.get(form.name, ()),
+                operations=counts.get(form.name),
+                peak_memory_mib=memory.get(form.name),
+                error=errors.get(form.name),
+            )
+            for form in benchmark.forms
+        ),
+    )
+
+
+def compare(benchmark: Benchmark, works: Mapping[str, Work]) -> dict[str, float]:
+    """The largest relative difference of each compared form from the first of them, by name.
+
+    Raises `UserError` for an outcome that is missing or differs by more than the tolerance.
+    """
+    first, *others = [form.name for form in benchmark.forms if form.compared]
+    expected, errors = works[first](), {}
+    for name in others:
+        found = works[name]()
+        if found.keys() != expected.keys():
+            raise UserError(f"{benchmark.name}: '{name}' gives {sorted(found)}, '{first}' gives {sorted(expected)}")
+        differences = {key: relative_difference(found[key], expected[key]) for key in expected}
+        worst = max(differences, key=lambda key: differences[key])
+        if not differences[worst] <= benchmark.tolerance:
+            raise UserError(
+                f"{benchmark.name}: '{name}' differs from '{first}' by {differences[worst]:.1e} in {worst}, above the "
+                f"tolerance {benchmark.tolerance:.0e}: nothing was timed"
+            )
+        errors[name] = differences[worst]
+    return errors
+
+
+def relative_difference(found: Tensor, expected: Tensor) -> float:
+    """|found - expected| / |expected| in fp64; infinite for another shape."""
+    if found.shape != expected.shape:
+        return float("inf")
+    first, second = found.detach().double().cpu(), expected.detach().double().cpu()
+    difference, size = float((first - second).norm()), float(second.norm())
+    return difference / size if size else difference
+
+
+def smaller(**changes: float | int | str) -> Callable[[Scale], Scale]:
+    """A benchmark's change of scale."""
+    return lambda scale: replace(scale, **changes)  # type: ignore[arg-type]
