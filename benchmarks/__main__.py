@@ -1,6 +1,6 @@
 """Run benchmarks, scaling series and the look at the workflow; write `results/<device>.json` and the page.
 
-    python -m benchmarks [only=[context_step,top_k,workflow]] [results=DIRECTORY] [page=README.md]
+    python -m benchmarks [only=[context_step,top_k,workflow]] [rounds=7] [results=DIRECTORY] [page=README.md]
 
 What is run replaces its own entry; the rest of the file stays as it was. A form that computes something else than the
 naive one ends the program before anything of its benchmark is timed.
@@ -12,11 +12,13 @@ import difflib
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import transformers
+from pydantic import Field
 
 from benchmarks.catalogue import BENCHMARKS
 from benchmarks.dag_scale import measure_workflow
@@ -34,9 +36,10 @@ from stillhouse.runtime.logs import logger
 
 
 class Run(StrictModel):
-    """The command line. only: names of what is run, empty: everything."""
+    """The command line. only: names of what is run, empty: everything. rounds: of the timing, None: the scale's."""
 
     only: tuple[str, ...] = ()
+    rounds: Annotated[int | None, Field(ge=1)] = None
     results: Path = DIRECTORY
     page: Path = DIRECTORY.parent / "README.md"
 
@@ -45,6 +48,7 @@ def main(run: Run) -> None:
     """Measure, and write after each part, so that what a stopped run finished is kept."""
     transformers.utils.logging.disable_progress_bar()
     scale = GPU if default_device().type == "cuda" else PROCESSOR
+    scale = replace(scale, rounds=run.rounds or scale.rounds)
     device = describe(default_device(), scale.precision)
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)

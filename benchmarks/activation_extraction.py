@@ -21,7 +21,7 @@ from stillhouse.studies.consistency_lens.activations import extract_activations
 from stillhouse.studies.consistency_lens.data import Example, choose_position, pad_contexts
 from stillhouse.studies.consistency_lens.run_settings import PositionSettings
 
-BATCH, BATCH_TOKENS = 8, 2048
+BATCH = 8
 
 
 def layer(scale: Scale) -> int:
@@ -87,7 +87,7 @@ def forward_alone(folder: Path, scale: Scale) -> Work:
     model, found = model_of(folder, scale), examples(scale)
     batches = [
         pad_contexts([found[place] for place in batch])[0].to(model.device)
-        for batch in token_batches([example.position + 1 for example in found], BATCH_TOKENS)
+        for batch in token_batches([example.position + 1 for example in found], scale.batch_tokens)
     ]
 
     @torch.no_grad()
@@ -102,7 +102,7 @@ def forward_alone(folder: Path, scale: Scale) -> Work:
 def extraction(folder: Path, scale: Scale) -> Work:
     """Ours."""
     model, found = model_of(folder, scale), examples(scale)
-    return lambda: {"activations": extract_activations(model, layer(scale), found, BATCH_TOKENS)}
+    return lambda: {"activations": extract_activations(model, layer(scale), found, scale.batch_tokens)}
 
 
 def floor(folder: Path, scale: Scale) -> Floor:
@@ -119,7 +119,7 @@ EXTRACTION = Benchmark(
     forms=(
         Form("one document at a time", "naive", one_at_a_time),
         Form("padded batches", "tool", padded_batches),
-        Form("forward alone", "other", forward_alone, compared=False),
+        Form("forward alone", "other", forward_alone, equals=None),
         Form("extraction", "ours", extraction),
     ),
     aims=(

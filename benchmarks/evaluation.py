@@ -145,5 +145,5 @@ CHECKPOINTS = Benchmark(
     floor=floor,
     floor_formula="checkpoints x (forward(shots once, questions and answers) ; weights read once per decoding step)",
     remains="The engine's start, a second or more whatever the work.",
-    change=lambda scale: replace(scale, rounds=3),
+    change=lambda scale: replace(scale, rounds=min(3, scale.rounds)),
 )

@@ -29,15 +29,16 @@ class Form:
     """One way of computing it.
 
     prepare: loads what the form needs, out of a folder that all forms share, and returns one unit of work, which
-    returns what must be equal. timed: False where only equality is asked. compared: False where chance decides.
-    counted: False where the operations happen outside torch's sight, in processes or kernels of their own.
+    returns what must be equal. equals: the form that it must equal, "" for the first one; None where chance decides, or
+    where it computes something else. timed: False where only equality is asked. counted: False where operations and
+    memory are those of an engine, outside torch's sight.
     """
 
     name: str
     role: Role
     prepare: Callable[[Path, Scale], Work]
+    equals: str | None = ""
     timed: bool = True
-    compared: bool = True
     counted: bool = True
 
 
@@ -54,7 +55,7 @@ class Aim:
     def text(self) -> str:
         """For people."""
         noun = {"time": "time", "operations": "FLOPs", "memory": "peak memory"}[self.quantity]
-        factor = f"at least {self.at_least:g} x" if self.at_least >= 1 else f"within {1 / self.at_least:g} x"
+        factor = f"at least {self.at_least:g} x" if self.at_least >= 1 else f"within {1 / self.at_least:.3g} x"
         return f"{noun} {factor}{' on a GPU' if self.device == 'gpu' else ''}"
 
 
@@ -102,7 +103,7 @@ def measure(benchmark: Benchmark, scale: Scale, folder: Path) -> BenchmarkResult
     seconds = by_turns({form.name: works[form.name] for form in timed}, scale.rounds)
     counts = {form.name: operations(works[form.name]) for form in timed if form.counted}
     works.clear()
-    memory = {form.name: peak_memory_mib(form.prepare, folder, scale) for form in timed}
+    memory = {form.name: peak_memory_mib(form.prepare, folder, scale) for form in timed if form.counted}
     floor = benchmark.floor(folder, scale)
     return BenchmarkResult(
         measured=datetime.now(UTC).replace(microsecond=0),
@@ -125,25 +126,36 @@ def measure(benchmark: Benchmark, scale: Scale, folder: Path) -> BenchmarkResult
 
 
 def compare(benchmark: Benchmark, works: Mapping[str, Work]) -> dict[str, float]:
-    """The largest relative difference of each compared form from the first of them, by name.
+    """The largest relative difference of each form from the one that it must equal, by name.
 
     Raises `UserError` for an outcome that is missing or differs by more than the tolerance.
     """
-    first, *others = [form.name for form in benchmark.forms if form.compared]
-    expected, errors = works[first](), {}
-    for name in others:
-        found = works[name]()
-        if found.keys() != expected.keys():
-            raise UserError(f"{benchmark.name}: '{name}' gives {sorted(found)}, '{first}' gives {sorted(expected)}")
-        differences = {key: relative_difference(found[key], expected[key]) for key in expected}
-        worst = max(differences, key=lambda key: differences[key])
-        if not differences[worst] <= benchmark.tolerance:
-            raise UserError(
-                f"{benchmark.name}: '{name}' differs from '{first}' by {differences[worst]:.1e} in {worst}, above the "
-                f"tolerance {benchmark.tolerance:.0e}: nothing was timed"
-            )
-        errors[name] = differences[worst]
+    references: dict[str, Outcome] = {}
+    errors = {}
+    for form in benchmark.forms:
+        reference = benchmark.forms[0].name if form.equals == "" else form.equals
+        if reference is None or reference == form.name:
+            continue
+        if reference not in references:
+            references[reference] = works[reference]()
+        errors[form.name] = difference(benchmark, form.name, works[form.name](), reference, references[reference])
     return errors
+
+
+def difference(benchmark: Benchmark, name: str, found: Outcome, reference: str, expected: Outcome) -> float:
+    """The largest relative difference over the outcomes of two forms."""
+    if found.keys() != expected.keys():
+        raise UserError(
+            f"{benchmark.name}: '{name}' gives {sorted(found)}, '{reference}' {sorted(expected)}: nothing was timed"
+        )
+    differences = {key: relative_difference(found[key], expected[key]) for key in expected}
+    worst = max(differences, key=lambda key: differences[key])
+    if not all(value <= benchmark.tolerance for value in differences.values()):
+        raise UserError(
+            f"{benchmark.name}: '{name}' differs from '{reference}' by {differences[worst]:.1e} in {worst}, above the "
+            f"tolerance {benchmark.tolerance:.0e}: nothing was timed"
+        )
+    return differences[worst]
 
 
 def relative_difference(found: Tensor, expected: Tensor) -> float:

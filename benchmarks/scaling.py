@@ -69,18 +69,18 @@ SERIES: dict[str, Series] = {
 def measure_series(series: Series, scale: Scale, folder: Path) -> SeriesResult:
     """Time every value's forms by turns, then their memory, each in a process of its own."""
     benchmark = BENCHMARKS[series.benchmark]
-    prepare = {form.name: form.prepare for form in benchmark.forms if form.name in series.forms}
-    curves: dict[str, list[Point]] = {name: [] for name in prepare}
+    forms = [form for form in benchmark.forms if form.name in series.forms]
+    curves: dict[str, list[Point]] = {form.name: [] for form in forms}
     for value in series.values:
         sized = replace(benchmark.change(scale), batch=series.batch or scale.batch, **{series.size: value})
-        works = {name: form(folder, sized) for name, form in prepare.items()}
+        works = {form.name: form.prepare(folder, sized) for form in forms}
         for work in works.values():
             work()
         seconds = by_turns(works, ROUNDS)
         works.clear()
-        for name, form in prepare.items():
-            memory = peak_memory_mib(form, folder, sized)
-            curves[name].append(Point(value=value, seconds=seconds[name], peak_memory_mib=memory))
+        for form in forms:
+            memory = peak_memory_mib(form.prepare, folder, sized) if form.counted else None
+            curves[form.name].append(Point(value=value, seconds=seconds[form.name], peak_memory_mib=memory))
     return SeriesResult(
         measured=datetime.now(UTC).replace(microsecond=0),
         curves={name: tuple(points) for name, points in curves.items()},
