@@ -17,6 +17,7 @@ include: "rules/data.smk"
 include: "rules/context_distillation.smk"
 include: "rules/consistency_lens.smk"
 include: "rules/latentwire.smk"
+include: "rules/quantized_distillation.smk"
 include: "rules/report.smk"
 
 

@@ -140,6 +140,19 @@ SQUAD_RECORD = ("Fish", "Cod swim.", "Who swims?", ("Cod", "cod"))
             {"instruction": "Add.", "input": "1 and 2", "output": "3 "},
             Instruction("test-0", "Add.\n\n1 and 2", "3"),
         ),
+        (
+            "conversation",
+            "instruction",
+            {
+                "messages": [
+                    {"role": "system", "content": "Be brief."},
+                    {"role": "user", "content": "Add 1 and 2."},
+                    {"role": "assistant", "content": "3"},
+                    {"role": "user", "content": "And 3?"},
+                ]
+            },
+            Instruction("test-0", "Be brief.\n\nAdd 1 and 2.", "3"),
+        ),
         ("text", "passages", {"text": " A story. "}, Passage("test-0", "A story.")),
         ("story", "passages", {"story": "a story. ", "topic": "fish"}, Passage("test-0", "a story.")),
         (

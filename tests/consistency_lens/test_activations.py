@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from support import forked
 from transformers import AutoModelForCausalLM
 
 from stillhouse.runtime.errors import UserError
@@ -18,7 +16,7 @@ from stillhouse.studies.consistency_lens import activations
 from stillhouse.studies.consistency_lens.data import CachedExamples, TokenExamples
 from stillhouse.studies.consistency_lens.run_settings import PositionSettings
 from tests.consistency_lens.conftest import Artefacts
-from tests.consistency_lens.corpus import REPOSITORY, activation_settings, extraction_step, make_corpus, tokenise
+from tests.consistency_lens.corpus import activation_settings, extraction_step, make_corpus, tokenise
 
 
 def files_of(directory: Path) -> dict[str, str]:
@@ -30,9 +28,7 @@ def extract_in_a_process(step: activations.ActivationsStep, folder: Path, *argum
     """Run the extraction as a program; returns its status."""
     folder.mkdir(exist_ok=True)
     (folder / "step.json").write_text(step.model_dump_json())
-    environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'src'}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.consistency_lens.corpus", str(folder / "step.json"), *arguments]
-    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True).returncode
+    return forked.start("tests.consistency_lens.corpus", folder / "step.json", *arguments).finish().returncode
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2])

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from support import forked
 
 from stillhouse.config.training import TrackingSettings
 from stillhouse.runtime.commands import dotted_arguments
@@ -23,7 +21,7 @@ from stillhouse.studies.consistency_lens.model import Lens
 from stillhouse.studies.consistency_lens.run_settings import RunSettings
 from stillhouse.studies.consistency_lens.train import TrainStep, keep_checkpoints, main
 from stillhouse.training.tracking import read_metrics
-from tests.consistency_lens.corpus import REPOSITORY, activation_settings, extraction_step, make_corpus, tokenise
+from tests.consistency_lens.corpus import activation_settings, extraction_step, make_corpus, tokenise
 
 RUN: dict[str, Any] = {
     "positions": {"policy": "random", "minimum": 3},
@@ -119,9 +117,7 @@ def test_a_killed_run_ends_with_the_weights_of_an_undisturbed_one(
     main(train_step(tiny_model, corpus, undisturbed))
     step = train_step(tiny_model, corpus, killed)
     arguments = dotted_arguments(step.model_dump(mode="json"))
-    command = [sys.executable, "-m", "tests.consistency_lens.kill_in_training", "5", *arguments]
-    environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'src'}", "OMP_NUM_THREADS": "1"}
-    crash = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=120)
+    crash = forked.start("tests.consistency_lens.kill_in_training", 5, *arguments).finish()
     assert crash.returncode == -signal.SIGKILL, crash.stderr
     assert not step.output.exists()
     main(step)

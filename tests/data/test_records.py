@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from stillhouse.data.records import (
+    ChoiceQuestion,
     MathProblem,
     Passage,
     ReadingQuestion,
+    read_choice_questions,
     read_passages,
     read_problems,
     read_reading_questions,
@@ -75,5 +77,26 @@ def test_passages_and_reading_questions_are_read_as_they_were_written(tmp_path: 
 
 def test_answers_that_are_no_list_of_texts_are_named(tmp_path: Path) -> None:
     row = {"id": "a", "title": "t", "context": "c", "question": "q", "answers": "Cod"}
-    with pytest.raises(UserError, match=r"questions\.jsonl:1: 'answers' is missing or no text"):
+    with pytest.raises(UserError, match=r"questions\.jsonl:1: 'answers' is missing or no list of texts"):
         read_reading_questions(write(tmp_path / "questions.jsonl", row))
+
+
+CHOICE = {"id": "a", "context": "", "question": "?", "choices": ["x", "y"], "gold": 1}
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ({"choices": "xy"}, "'choices' is missing or no list of texts"),
+        ({"gold": "1"}, "'gold' is missing or no number"),
+        ({"gold": -1}, r"\(id b\): gold -1 is none of its 2 choices"),
+    ],
+)
+def test_questions_with_choices_are_read_or_their_fault_named(
+    tmp_path: Path, fault: dict[str, object], message: str
+) -> None:
+    whole = write(tmp_path / "whole.jsonl", CHOICE)
+    assert read_choice_questions(whole) == [ChoiceQuestion("a", "", "?", ("x", "y"), 1)]
+    path = write(tmp_path / "test.jsonl", CHOICE, {**CHOICE, "id": "b", **fault})
+    with pytest.raises(UserError, match=rf"test\.jsonl:2.*{message}"):
+        read_choice_questions(path)

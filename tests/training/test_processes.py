@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
+from support import forked
+from support.forked import Program
 
 from stillhouse.runtime.errors import UserError
 from stillhouse.training.tracking import read_metrics
-from tests.training.tiny_run import REPOSITORY, tiny_settings, tiny_train
+from tests.training.tiny_run import tiny_settings, tiny_train
 
 
-def run_two_processes(model: Path, folder: Path, *arguments: str) -> list[subprocess.Popen[str]]:
+def start_two_processes(model: Path, folder: Path, *arguments: str) -> list[Program]:
     """The environment of `accelerate launch --cpu --num_processes 2`, without its start-up time."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -29,17 +28,10 @@ def run_two_processes(model: Path, folder: Path, *arguments: str) -> list[subpro
         "MASTER_PORT": str(port),
         "WORLD_SIZE": "2",
         "LOCAL_WORLD_SIZE": "2",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'src'}",
     }
     return [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.training.tiny_run", model, folder, *arguments],
-            cwd=REPOSITORY,
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+        forked.start(
+            "tests.training.tiny_run", model, folder, *arguments, **shared, RANK=str(rank), LOCAL_RANK=str(rank)
         )
         for rank in range(2)
     ]
@@ -55,11 +47,10 @@ def test_two_processes_give_the_loss_curve_and_the_weights_of_one(
     """The batch of five splits unevenly, 2 and 3, with answers of uneven length."""
     _, alone = tiny_train(tiny_model, tmp_path / "one", tiny_settings(method=method))
     options = ["--method", method, "--sharding", sharding]
-    processes = run_two_processes(tiny_model, tmp_path / "two", *options)
-    outputs = [process.communicate(timeout=300) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
+    done = [program.finish() for program in start_two_processes(tiny_model, tmp_path / "two", *options)]
+    assert [one.returncode for one in done] == [0, 0], done
     told = "processes: 2\n" if sharding == "none" else "processes: 2 sharded\n"
-    assert [output for output, _ in outputs] == [told] * 2
+    assert [one.stdout for one in done] == [told] * 2
     outputs_of = [tmp_path / folder / "output" for folder in ("one", "two")]
     curves = [[row["loss"] for row in read_metrics(output / "metrics.jsonl")] for output in outputs_of]
     assert curves[1] == pytest.approx(curves[0], rel=1e-5)
@@ -72,14 +63,11 @@ def test_two_processes_give_the_loss_curve_and_the_weights_of_one(
 @pytest.mark.fault("kill -9 of one of two sharded training processes", "resumed; equal within rounding")
 def test_a_sharded_training_that_is_killed_is_continued(tiny_model: Path, tmp_path: Path) -> None:
     options = ["--method", "full", "--sharding", "fsdp"]
-    killed = run_two_processes(tiny_model, tmp_path / "two", *options, "--kill-at", "6", "--kill-rank", "1")
-    for process in killed:
-        process.communicate(timeout=300)
+    for program in start_two_processes(tiny_model, tmp_path / "two", *options, "--kill-at", "6", "--kill-rank", "1"):
+        program.finish()
     assert not (tmp_path / "two" / "output").exists()
-    outputs = [
-        process.communicate(timeout=300) for process in run_two_processes(tiny_model, tmp_path / "two", *options)
-    ]
-    assert "continuing from step 4 of 8" in outputs[0][1]
+    first, _ = (program.finish() for program in start_two_processes(tiny_model, tmp_path / "two", *options))
+    assert "continuing from step 4 of 8" in first.stderr
     tiny_train(tiny_model, tmp_path / "one", tiny_settings(method="full"))
     weights = [load_file(tmp_path / run / "output/checkpoint-8/model.safetensors") for run in ("one", "two")]
     torch.testing.assert_close(weights[1], weights[0], atol=2e-5, rtol=0)

@@ -3,38 +3,25 @@
 from __future__ import annotations
 
 import logging
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from support import forked
 
 from stillhouse.runtime.errors import UserError
 from stillhouse.training.checkpoints import latest_valid_state, numbered_directories
 from stillhouse.training.processes import INTERRUPTED_STATUS
 from stillhouse.training.tracking import read_metrics
-from tests.training.tiny_run import REPOSITORY, AnswerCrossEntropy, tiny_settings, tiny_train
+from tests.training.tiny_run import AnswerCrossEntropy, tiny_settings, tiny_train
 
 
-def run_program(model: Path, folder: Path, *arguments: str, use_cpu: str = "true") -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "tests.training.tiny_run", model, folder, *arguments],
-        cwd=REPOSITORY,
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'src'}",
-            "ACCELERATE_USE_CPU": use_cpu,
-        },
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+def run_program(model: Path, folder: Path, *arguments: str, use_cpu: str = "true") -> CompletedProcess[str]:
+    return forked.start("tests.training.tiny_run", model, folder, *arguments, ACCELERATE_USE_CPU=use_cpu).finish()
 
 
 def final_weights(folder: Path) -> dict[str, torch.Tensor]:

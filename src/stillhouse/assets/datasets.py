@@ -2,7 +2,7 @@
 
 A reader knows the fields of one family of files; formats (JSONL, JSON, Parquet, Arrow, text, gzip) are told by suffix.
 Request files of evaluation harnesses, which hold the raw record as `doc`, are unwrapped and their repetitions
-dropped by `native_id`.
+dropped. `assets.choice_readers` has the readers of multiple-choice sets.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from stillhouse.assets.choice_readers import CHOICE_READERS
 from stillhouse.assets.records import RECORD_OF_TASK, RecordType, checked
 from stillhouse.config.assets import DatasetEntry
 from stillhouse.config.layering import nearest
@@ -55,8 +57,9 @@ def normalise_dataset(name: str, entry: DatasetEntry, source: Path, output: Path
 
 
 def _identified_rows(files: list[Path], split: str) -> Iterator[tuple[str, str, Row]]:
-    """Place, id and raw record of each row; an id that repeats in request files is one record, elsewhere a number."""
+    """Place, id and raw record of each row; request files repeat a record per choice, and an id for two records."""
     seen: set[str] = set()
+    requested: dict[str, set[str]] = defaultdict(set)
     for file in files:
         for number, row in enumerate(_rows(file), start=1):
             where = f"{file.name}:{number}"
@@ -64,8 +67,10 @@ def _identified_rows(files: list[Path], split: str) -> Iterator[tuple[str, str, 
                 raise UserError(f"{file}:{number}: is not a record with fields: correct the file")
             if "doc" in row and "native_id" in row:
                 identity = f"{row.get('task_name', split)}-{row['native_id']}"
-                if identity not in seen:
-                    yield where, identity, row["doc"]
+                earlier, record = requested[identity], json.dumps(row["doc"], sort_keys=True)
+                if record not in earlier:
+                    earlier.add(record)
+                    yield where, identity if len(earlier) == 1 else f"{identity}.{len(earlier)}", row["doc"]
             else:
                 identity = str(row["id"]) if "id" in row else f"{split}-{len(seen)}"
                 if identity in seen:
@@ -195,6 +200,15 @@ def _alpaca(row: Row) -> Row:
     return _problem("\n\n".join(part for part in (row["instruction"], row["input"]) if part), row["output"])
 
 
+def _conversation(row: Row) -> Row:
+    """A list of messages: the first user turn, after what the system says, and the answer to it."""
+    messages = row["messages"]
+    asked = next(place for place, message in enumerate(messages) if message["role"] == "user")
+    system = [message["content"] for message in messages[:asked] if message["role"] == "system"]
+    answer = next((each["content"] for each in messages[asked + 1 :] if each["role"] == "assistant"), "")
+    return _problem("\n\n".join([*system, messages[asked]["content"]]), answer)
+
+
 def _text(row: Row) -> Row:
     """A document per row; a text file has one per line."""
     return {"text": row["text"].strip()}
@@ -251,10 +265,12 @@ READERS: dict[str, Callable[[Row], Row]] = {
     "asdiv": _asdiv,
     "ifeval_like": _ifeval_like,
     "alpaca": _alpaca,
+    "conversation": _conversation,
     "text": _text,
     "story": _story,
     "lambada": _lambada,
     "squad": _squad,
     "squad_query": _squad_query,
     "hotpot_qa": _hotpot_qa,
+    **CHOICE_READERS,
 }

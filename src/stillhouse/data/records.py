@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from stillhouse.assets.records import (
+    ChoiceQuestion,
     MathProblem,
     Passage,
     Problem,
@@ -25,10 +26,12 @@ from stillhouse.runtime.errors import UserError
 from stillhouse.runtime.files import atomic_write_text
 
 __all__ = [
+    "ChoiceQuestion",
     "MathProblem",
     "Passage",
     "Problem",
     "ReadingQuestion",
+    "read_choice_questions",
     "read_passages",
     "read_problems",
     "read_reading_questions",
@@ -54,6 +57,11 @@ def read_passages(path: Path) -> list[Passage]:
 def read_reading_questions(path: Path) -> list[ReadingQuestion]:
     """The questions of one file with their passages; see `read_records`."""
     return read_records(path, ReadingQuestion)
+
+
+def read_choice_questions(path: Path) -> list[ChoiceQuestion]:
+    """The questions of one file with their choices; see `read_records`."""
+    return read_records(path, ChoiceQuestion)
 
 
 def read_records(path: Path, kind: type[RecordType]) -> list[RecordType]:
@@ -94,12 +102,21 @@ def _record(line: str, kind: type[RecordType], where: str) -> RecordType:
     values = {name: row.get(name) if isinstance(row, dict) else None for name in names}
     wrong = [name for name, value in values.items() if not _fits(name, value)]
     if wrong:
-        raise UserError(f"{where}: '{wrong[0]}' is missing or no text: each line needs {', '.join(names)}")
+        raise UserError(
+            f"{where}: '{wrong[0]}' is missing or no {_KINDS.get(wrong[0], 'text')}: each line needs {', '.join(names)}"
+        )
     arguments: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
     return checked(kind(**arguments), where)
 
 
+_KINDS = {"answers": "list of texts", "choices": "list of texts", "gold": "number"}
+
+
 def _fits(name: str, value: object) -> bool:
-    if name == "answers":
-        return isinstance(value, list) and all(isinstance(answer, str) for answer in value)
-    return isinstance(value, str)
+    match _KINDS.get(name):
+        case "list of texts":
+            return isinstance(value, list) and all(isinstance(text, str) for text in value)
+        case "number":
+            return type(value) is int
+        case _:
+            return isinstance(value, str)

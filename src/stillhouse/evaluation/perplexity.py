@@ -1,8 +1,9 @@
-"""The gold answer's negative log-likelihood: a graded measure that moves where accuracy is still zero.
+"""Negative log-likelihood of gold answers, a graded measure that moves where accuracy is still zero, and of texts.
 
-Computed by the training engine, never by vLLM, whose bf16 logits differ. Only rows that predict answer tokens pass
-through the lm_head, and the softmax is taken in fp32 whatever the model's precision. Divide sums of nats by sums
-of tokens (`statistics.bootstrap_ratio_interval`) for nats per token.
+A text is scored in sliding windows, each a `Sequence` whose answer is what the window adds: perplexity is the
+exponential of nats per token over all of them. Computed by the training engine, never by vLLM, whose bf16 logits
+differ. Only rows that predict answer tokens pass through the lm_head, and the softmax is taken in fp32 whatever the
+model's precision. Divide sums of nats by sums of tokens (`statistics.bootstrap_ratio_interval`) for nats per token.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn import functional
+from transformers import PreTrainedTokenizerBase
 
 from stillhouse.data.packing import Sequence
 from stillhouse.models.prefix import encode_prefix, shared_prefix_length, suffix_logits, token_batches
@@ -24,6 +26,30 @@ class AnswerNll:
 
     sum_nats: float
     tokens: int
+
+
+def text_tokens(tokenizer: PreTrainedTokenizerBase, passages: Iterable[str], limit: int | None = None) -> list[int]:
+    """The tokens of a text, its passages joined by empty lines; at most the first `limit`."""
+    ids: list[int] = tokenizer("\n\n".join(passages), verbose=False).input_ids
+    return ids[:limit]
+
+
+def sliding_windows(ids: list[int], window: int, stride: int, name: str = "window") -> list[Sequence]:
+    """Windows of at most `window` tokens over a text that together score each of its tokens but the first once.
+
+    The first window scores all that it can, every other one the `stride` tokens that it adds (the last one perhaps
+    fewer), with the `window - stride` tokens before them as context at least.
+    """
+    if len(ids) < 2:
+        raise ValueError("a text needs two tokens: the first is context only")
+    windows: list[Sequence] = []
+    scored = 1
+    while scored < len(ids):
+        end = min(len(ids), window if scored == 1 else scored + stride)
+        start = max(0, end - window)
+        windows.append(Sequence(ids[start:end], scored - start, f"{name}-{len(windows)}"))
+        scored = end
+    return windows
 
 
 @torch.no_grad()

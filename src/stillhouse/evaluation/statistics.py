@@ -6,8 +6,9 @@ the two systems' answers to the same item together. Imports numpy and scipy only
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from scipy import stats
 
 Floats = NDArray[np.float64]
 
+_REMEMBERED_DRAWS = 20_000_000  # at most 40 MB for one number of items
 _CHUNK_DRAWS = 4_000_000  # indices drawn at a time: bounds memory at about 64 MB whatever the number of items
 
 
@@ -163,13 +165,12 @@ def paired_difference_over_seeds(
     seeds, items = differences.shape
     weights = np.ones(items) if tokens is None else np.asarray(tokens, float)
     _aligned(differences[0], weights)
-    random = np.random.default_rng(seed)
-    seed_weights = random.multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples) / seeds
-    draws = np.empty(resamples)
-    for rows in _chunks(resamples, items):
-        item_counts = random.multinomial(items, np.full(items, 1 / items), size=rows.stop - rows.start)
-        sums = ((item_counts @ differences.T) * seed_weights[rows]).sum(axis=1)
-        draws[rows] = sums / (item_counts @ weights)
+    resampled = _remembered_resamples if resamples * items <= _REMEMBERED_DRAWS else _two_way_resamples
+    chunks = [
+        ((counts @ differences.T) * seed_weights).sum(axis=1) / (counts @ weights)
+        for seed_weights, counts in resampled(seeds, items, resamples, seed)
+    ]
+    draws = np.concatenate(chunks)
     return _comparison(float(differences.mean(axis=0).sum() / weights.sum()), draws, confidence, items)
 
 
@@ -193,6 +194,21 @@ def _ratio(numerators: Floats, denominators: Floats) -> Floats:
 def _chunks(resamples: int, items: int) -> list[slice]:
     size = max(1, _CHUNK_DRAWS // items)
     return [slice(start, min(start + size, resamples)) for start in range(0, resamples, size)]
+
+
+def _two_way_resamples(seeds: int, items: int, resamples: int, seed: int) -> Iterator[tuple[Floats, NDArray[Any]]]:
+    """Chunks of resamples: the weights of the seeds, [rows, seeds], and how often each item is in, [rows, items]."""
+    random = np.random.default_rng(seed)
+    seed_weights = random.multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples) / seeds
+    for rows in _chunks(resamples, items):
+        counts = random.multinomial(items, np.full(items, 1 / items), size=rows.stop - rows.start)
+        yield seed_weights[rows], counts.astype(np.min_scalar_type(items))
+
+
+@lru_cache(maxsize=8)
+def _remembered_resamples(seeds: int, items: int, resamples: int, seed: int) -> list[tuple[Floats, NDArray[Any]]]:
+    """The same: they depend on sizes alone, and a study compares many systems on the same items."""
+    return list(_two_way_resamples(seeds, items, resamples, seed))
 
 
 def _bootstrap(items: int, resamples: int, seed: int, statistic: Callable[[NDArray[np.intp]], Floats]) -> Floats:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -84,6 +86,20 @@ def frozen(model: Module) -> Module:
     """The same model in evaluation mode, none of its parameters trained."""
     model.requires_grad_(False)
     return model.eval()
+
+
+@contextmanager
+def evaluation_mode(model: Module) -> Iterator[Module]:
+    """Evaluation mode as a context; every module's own mode is restored exactly on leaving.
+
+    `.eval()` on modules that are being trained would otherwise stop their dropout for good, silently.
+    """
+    modes = {module: module.training for module in model.modules()}
+    try:
+        yield model.eval()
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def enable_gradient_checkpointing(model: nn.Module) -> None:

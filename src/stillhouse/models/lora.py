@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from stillhouse.config.training import LoraSettings, Precision, TrainingSettings
-from stillhouse.models.loading import check_safetensors, check_weights, load_model
+from stillhouse.models.loading import check_safetensors, check_weights, evaluation_mode, load_model
 from stillhouse.runtime.errors import UserError
 from stillhouse.runtime.seeds import derived_seed
 
@@ -99,20 +99,15 @@ def load_checkpoint(model: PreTrainedModel | PeftModel, path: Path | str) -> Pre
 def adapter_disabled(model: nn.Module) -> Iterator[nn.Module]:
     """The base model behind an adapter, in evaluation mode, as a context.
 
-    Every module's training mode and every parameter's `requires_grad` is restored exactly on leaving:
-    `.eval()` on the shared modules would otherwise stop the student's dropout for good, silently.
+    Every module's training mode and every parameter's `requires_grad` is restored exactly on leaving.
     """
     if not isinstance(model, PeftModel):
         raise TypeError("only a model with an adapter has a base to go back to: load the teacher separately")
-    modes = {module: module.training for module in model.modules()}
     trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:
-        with model.disable_adapter():
-            model.eval()
+        with evaluation_mode(model), model.disable_adapter():
             yield model
     finally:
-        for module, mode in modes.items():
-            module.training = mode
         for parameter, required in trained.items():
             parameter.requires_grad_(required)
 

@@ -94,6 +94,16 @@ KNOWN_CONDITIONS = {
     "no_resample": ConditionStyle(BLUE, "P"),
     "mse_only": ConditionStyle(GREEN, "s"),
     "unfrozen": ConditionStyle(PURPLE, "v"),
+    "teacher": ConditionStyle(BLACK, "*"),
+    "ptq": ConditionStyle(GREY, "X"),
+    "gptq": ConditionStyle(SKY, "^"),
+    "awq": ConditionStyle(PURPLE, "P"),
+    "off_policy": ConditionStyle(BLUE, "o"),
+    "on_policy": ConditionStyle(VERMILLION, "^"),
+    "mixed_policy": ConditionStyle(GREEN, "D"),
+    "teacher_samples": ConditionStyle(ORANGE, "^"),
+    "off_policy_beside": ConditionStyle(BLUE, "v"),
+    "on_policy_beside": ConditionStyle(VERMILLION, "v"),
 }
 # Markers that no known condition has: a condition of the user's own is never taken for one of ours.
 SPARE_MARKERS = (">", "d", "H", "8", "1", "2", "3", "4")

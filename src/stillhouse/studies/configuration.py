@@ -25,8 +25,10 @@ from stillhouse.studies.context_distillation.config import EMBEDDED as CONTEXT_D
 from stillhouse.studies.context_distillation.config import ContextDistillationConfig
 from stillhouse.studies.latentwire.config import EMBEDDED as LATENTWIRE
 from stillhouse.studies.latentwire.config import LatentWireConfig
+from stillhouse.studies.quantized_distillation.config import EMBEDDED as QUANTIZED_DISTILLATION
+from stillhouse.studies.quantized_distillation.config import QuantizedDistillationConfig
 
-STUDIES = ("context_distillation", "consistency_lens", "latentwire")
+STUDIES = ("context_distillation", "quantized_distillation", "consistency_lens", "latentwire")
 
 
 class Configuration(StrictModel):
@@ -38,6 +40,7 @@ class Configuration(StrictModel):
     tracking: TrackingSettings = TrackingSettings()
     resources: ResourceSettings = ResourceSettings()
     context_distillation: ContextDistillationConfig = ContextDistillationConfig()
+    quantized_distillation: QuantizedDistillationConfig = QuantizedDistillationConfig()
     consistency_lens: ConsistencyLensConfig = ConsistencyLensConfig()
     latentwire: LatentWireConfig = LatentWireConfig()
 
@@ -73,14 +76,11 @@ class Configuration(StrictModel):
 
 
 def embedded_configuration() -> Configuration:
-    """The configuration of `config/config.yaml`: every study at a size for two cores, from packages alone.
-
-    LatentWire is switched off: the learning rate of its small run is not settled yet.
-    """
+    """The configuration of `config/config.yaml`: every study at a size for two cores, from packages alone."""
     return Configuration.model_validate(
         {
-            "studies": ("context_distillation", "consistency_lens"),
             "context_distillation": CONTEXT_DISTILLATION,
+            "quantized_distillation": QUANTIZED_DISTILLATION,
             "consistency_lens": CONSISTENCY_LENS,
             "latentwire": LATENTWIRE,
         }

@@ -264,16 +264,16 @@ EMBEDDED: Overrides = {
         "teacher": {"batch_tokens": 1024},
         # Each example's full text goes through both teachers once.
         "train_examples": 48,
-        "diagnostics_every": 12,
+        "diagnostics_every": 15,
         # Small batches: more updates in the same seconds.
         "training": {
-            "steps": 48,
+            "steps": 60,
             "batch_size": 4,
             "micro_batch_tokens": 16384,
             "learning_rate": 5e-3,
             "schedule": {"warmup_steps": 4},
-            "save_every": 24,
-            "resume_every": 12,
+            "save_every": 30,
+            "resume_every": 15,
         },
     },
     "sweeps": {"length": {"condition": "latent", "axes": {"latent.length": [2]}}},

@@ -1,0 +1,118 @@
+"""The section says what came out; every number of it follows from the items."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from stillhouse.runtime.commands import parse_settings
+from stillhouse.studies.quantized_distillation.comparisons import (
+    average_accuracy,
+    closed_share,
+    compare,
+    estimate,
+    load_evaluations,
+    rounded,
+    task_measures,
+    text_measures,
+)
+from stillhouse.studies.quantized_distillation.report import ReportStep, main
+from stillhouse.studies.quantized_distillation.results import QuantizedEvaluation
+from tests.quantized_distillation.fake_results import DISTANCES, swept, write_evaluation
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_evaluation(tmp_path_factory.mktemp("one"))
+
+
+@pytest.fixture(scope="module")
+def evaluation(results: Path) -> QuantizedEvaluation:
+    return load_evaluations([results])[0]
+
+
+def make(results: Path, folder: Path) -> str:
+    arguments = [f"results=[{results}]", f"section={folder / 'section.md'}", f"tables={folder / 'tables'}"]
+    main(parse_settings(ReportStep, arguments))
+    return (folder / "section.md").read_text()
+
+
+def test_the_section_says_damage_recovery_and_what_was_not_run(results: Path, tmp_path: Path) -> None:
+    text = make(results, tmp_path)
+    assert "rounding to nearest takes the perplexity of wikipedia from" in text
+    for condition in ("gptq", "off_policy", "on_policy"):
+        assert f"`{condition}` closed" in text
+    assert "`awq` was not run for `tiny`: not among the conditions; llmcompressor's AWQ needs a GPU." in text
+    assert "too coarse to test the published difference of 0.3 points" in text
+    assert "itself a dequantised file" in text and "arc_easy 1.0" in text
+    assert "perplexity_curve.png" in text and "sweep_lr.png" not in text, "a figure of a sweep that was not run"
+    names = {path.stem for path in (tmp_path / "tables").glob("*.csv")}
+    assert names == {"systems", "texts", "tasks", "recovered", "paired", "gaps"}
+
+
+def test_a_sweep_has_a_table_whose_winner_validation_picks(tmp_path: Path) -> None:
+    text = make(swept(tmp_path / "results"), tmp_path)
+    assert "sweep_lr.png" in text and "beta_lambda.png" in text
+    rows = list(csv.DictReader((tmp_path / "tables/sweep.csv").open()))
+    assert rows[0]["picked"] == "picked" and {row["picked"] for row in rows[1:]} == {""}
+    assert float(rows[0]["validation_kl"]) == min(float(row["validation_kl"]) for row in rows)
+
+
+def test_a_teacher_alone_makes_a_section_without_findings(tmp_path: Path) -> None:
+    text = make(write_evaluation(tmp_path / "results", distances={"teacher": 0.0}), tmp_path)
+    assert "`ptq` was not run" in text and "` closed" not in text
+
+
+def test_perplexity_is_the_exponential_of_nats_per_token(results: Path, evaluation: QuantizedEvaluation) -> None:
+    nll = text_measures(evaluation)[0]
+    rows = evaluation.items.loc[("ptq", 0, "deployed", "text", "wikipedia")]
+    found = estimate(evaluation, "ptq", nll)
+    assert found is not None and found.value == pytest.approx(rows["nll"].sum() / rows["tokens"].sum())
+    assert found.low < found.value < found.high
+
+
+def test_the_closed_share_is_one_for_the_teacher_and_zero_for_ptq(evaluation: QuantizedEvaluation) -> None:
+    kl = text_measures(evaluation)[1]
+    teacher, ptq = closed_share(evaluation, "teacher", kl), closed_share(evaluation, "ptq", kl)
+    assert teacher is not None and (teacher.value, teacher.low, teacher.high) == pytest.approx((1, 1, 1))
+    assert ptq is not None and (ptq.value, ptq.low, ptq.high) == pytest.approx((0, 0, 0))
+    shares = {name: closed_share(evaluation, name, kl) for name in ("gptq", "off_policy", "on_policy")}
+    for name, share in shares.items():
+        assert share is not None
+        assert share.low < 1 - DISTANCES[name] + 0.05 and share.high > 1 - DISTANCES[name] - 0.05
+
+
+def test_no_share_is_given_where_rounding_did_no_damage(tmp_path: Path) -> None:
+    harmless = write_evaluation(tmp_path, distances={"teacher": 0.0, "ptq": 0.0, "off_policy": 0.0})
+    [found] = load_evaluations([harmless])
+    assert all(closed_share(found, "off_policy", measure) is None for measure in text_measures(found))
+
+
+def test_a_format_is_measured_by_its_own_rounding(tmp_path: Path) -> None:
+    facts = {name: {"weight_format": "nf4"} for name in ("ptq-nf4", "off_policy+kind-nf4")}
+    facts["ptq-nf4"] |= {"checkpoint_step": None, "validation_kl": None}
+    distances = {"teacher": 0.0, "ptq": 1.0, "ptq-nf4": 0.5, "off_policy": 0.5, "off_policy+kind-nf4": 0.25}
+    [found] = load_evaluations([write_evaluation(tmp_path, distances=distances, facts=facts)])
+    assert rounded(found, "off_policy+kind-nf4") == "ptq-nf4"
+    assert rounded(found, "off_policy") == "ptq"
+    share = closed_share(found, "off_policy+kind-nf4", text_measures(found)[1])
+    assert share is not None and share.value == pytest.approx(0.5, abs=0.15)
+
+
+def test_a_mean_over_tasks_counts_every_task_the_same(evaluation: QuantizedEvaluation) -> None:
+    mean = average_accuracy(evaluation)
+    single = [one for one in task_measures(evaluation) if len(one.sets) == 1]
+    assert mean is not None
+    parts = [estimate(evaluation, "on_policy", one) for one in single]
+    whole = estimate(evaluation, "on_policy", mean)
+    assert whole is not None
+    assert whole.value == pytest.approx(np.mean([part.value for part in parts if part is not None]))
+
+
+def test_differences_of_shares_keep_their_width_where_no_item_differs(evaluation: QuantizedEvaluation) -> None:
+    [measure, *_] = task_measures(evaluation)
+    same = compare(evaluation, "teacher", "teacher", measure)
+    assert same is not None and same.difference == 0 and same.low < 0 < same.high
