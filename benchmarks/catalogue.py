@@ -6,6 +6,8 @@ from benchmarks.activation_extraction import EXTRACTION
 from benchmarks.consistency_lens import DECODERS
 from benchmarks.context_distillation import STEP, STUDY
 from benchmarks.evaluation import CHECKPOINTS
+from benchmarks.fake_quantization import FAKE_QUANTISATION
+from benchmarks.gkd_step import OFF_POLICY, ON_POLICY
 from benchmarks.harness import Benchmark
 from benchmarks.latentwire import CACHED_STEP
 from benchmarks.packing import INVARIANCE
@@ -13,7 +15,19 @@ from benchmarks.teacher_cache import FIXED_SHOTS
 
 BENCHMARKS: dict[str, Benchmark] = {
     benchmark.name: benchmark
-    for benchmark in (STEP, STUDY, FIXED_SHOTS, *DECODERS, EXTRACTION, CACHED_STEP, CHECKPOINTS, INVARIANCE)
+    for benchmark in (
+        STEP,
+        STUDY,
+        FIXED_SHOTS,
+        OFF_POLICY,
+        ON_POLICY,
+        FAKE_QUANTISATION,
+        *DECODERS,
+        EXTRACTION,
+        CACHED_STEP,
+        CHECKPOINTS,
+        INVARIANCE,
+    )
 }
 # Rows and tools that the page names as missing.
 MISSING = {

@@ -8,6 +8,7 @@ itself does not install beside the pinned packages; the form runs on this packag
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Items
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -173,7 +174,7 @@ def step_floor(folder: Path, scale: Scale, teaching: bool = False) -> Floor:
     return Floor(needed, 2 * scale.weight_bytes, sum(map(len, ours)))
 
 
-def forward_operations(scale: Scale, sequences: tuple[Sequence, ...] | list[Sequence], rows: int) -> float:
+def forward_operations(scale: Scale, sequences: Items[Sequence], rows: int) -> float:
     """Of sequences that each see themselves alone, causally."""
     pairs = sum(len(sequence) * (len(sequence) + 1) / 2 for sequence in sequences)
     return scale.operations(sum(map(len, sequences)), pairs, rows)

@@ -22,7 +22,7 @@ from stillhouse.evaluation.engines import open_engine
 from stillhouse.models.loading import load_model
 from stillhouse.runtime.files import staged_directory, write_manifest
 
-QUESTIONS, ANSWER = 16, 16
+QUESTIONS, ANSWER = 8, 8
 
 
 def adapters(folder: Path, scale: Scale) -> list[Path]:
@@ -145,5 +145,5 @@ CHECKPOINTS = Benchmark(
     floor=floor,
     floor_formula="checkpoints x (forward(shots once, questions and answers) ; weights read once per decoding step)",
     remains="The engine's start, a second or more whatever the work.",
-    change=lambda scale: replace(scale, rounds=min(3, scale.rounds)),
+    change=lambda scale: replace(scale, rounds=min(2, scale.rounds)),
 )

@@ -251,9 +251,9 @@ def workflow_section(workflow: WorkflowResult) -> Iterator[str]:
     no_op = workflow.default["no-op"].seconds
     verdict = "met" if no_op < NO_OP_SECONDS else "missed"
     yield f"Aim: a no-op run under {NO_OP_SECONDS:g} s: {verdict}, {no_op:.1f} s with the default configuration.\n"
-    jobs = [size["dry run"].jobs for size in workflow.sizes]
+    sizes = [float(size["dry run"].jobs) for size in workflow.sizes]
     for name in ("dry run", "no-op"):
-        exponent = growth_exponent(jobs, [size[name].processor_seconds for size in workflow.sizes])
+        exponent = growth_exponent(sizes, [size[name].processor_seconds for size in workflow.sizes])
         verdict = "met" if exponent <= GROWTH else "missed"
         yield f"Aim: near-linear growth of the {name}: {verdict}, processor time ~ jobs^{exponent:.2f}.\n"
 

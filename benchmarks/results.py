@@ -152,7 +152,6 @@ def median_interval(values: Sequence[float], confidence: float = 0.95) -> Estima
 
 def growth_exponent(values: Sequence[float], costs: Sequence[float], last: int = 3) -> float:
     """The p of cost ~ value^p by least squares on logarithms over the `last` largest values; NaN for fewer than two."""
-    pairs = [(math.log(value), math.log(cost)) for value, cost in zip(values, costs, strict=True)][-last:]
-    if len(pairs) < 2:
+    if len(values) < 2:
         return math.nan
-    return float(np.polyfit(*np.array(pairs).T, 1)[0])
+    return float(np.polyfit(np.log(values[-last:]), np.log(costs[-last:]), 1)[0])

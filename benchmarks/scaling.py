@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from benchmarks.catalogue import BENCHMARKS
 from benchmarks.instruments import by_turns, peak_memory_mib
@@ -72,11 +73,12 @@ def measure_series(series: Series, scale: Scale, folder: Path) -> SeriesResult:
     forms = [form for form in benchmark.forms if form.name in series.forms]
     curves: dict[str, list[Point]] = {form.name: [] for form in forms}
     for value in series.values:
-        sized = replace(benchmark.change(scale), batch=series.batch or scale.batch, **{series.size: value})
+        changes: dict[str, Any] = {"batch": series.batch or scale.batch, series.size: value}
+        sized = replace(benchmark.change(scale), **changes)
         works = {form.name: form.prepare(folder, sized) for form in forms}
         for work in works.values():
             work()
-        seconds = by_turns(works, ROUNDS)
+        seconds = by_turns(works, min(ROUNDS, sized.rounds))
         works.clear()
         for form in forms:
             memory = peak_memory_mib(form.prepare, folder, sized) if form.counted else None
