@@ -7,7 +7,7 @@ ours. A form is prepared apart from the others, so that its memory can be measur
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
@@ -165,8 +165,3 @@ def relative_difference(found: Tensor, expected: Tensor) -> float:
     first, second = found.detach().double().cpu(), expected.detach().double().cpu()
     difference, size = float((first - second).norm()), float(second.norm())
     return difference / size if size else difference
-
-
-def smaller(**changes: float | int | str) -> Callable[[Scale], Scale]:
-    """A benchmark's change of scale."""
-    return lambda scale: replace(scale, **changes)  # type: ignore[arg-type]

@@ -234,17 +234,16 @@ def rate_table(rows: list[tuple[Benchmark, BenchmarkResult]]) -> Table:
 def workflow_section(workflow: WorkflowResult) -> Iterator[str]:
     """Seconds of looking at the DAG, and their growth."""
     yield "### The workflow\n"
-    commands = list(dict.fromkeys(name for size in (workflow.default, *workflow.sizes) for name in size))
     cells: list[tuple[Cell, ...]] = []
     for label, size in (("default", workflow.default), *((None, size) for size in workflow.sizes)):
         jobs = size["dry run"].jobs
-        times = [size[name].seconds if name in size else None for name in commands]
+        times = [command.seconds for command in size.values()]
         peak = max(command.peak_memory_mib for command in size.values())
         cells.append((label or "study of sweeps", jobs, *times, peak))
     columns = (
         Column("configuration"),
         Column("jobs", "integer"),
-        *(Column(name, "number", 1, f"{name}, s") for name in commands),
+        *(Column(name, "number", 1, f"{name}, s") for name in workflow.default),
         Column("peak memory", "integer", heading="peak memory, MiB"),
     )
     yield Table("workflow", "Seconds to look at the DAG; nothing is run.", columns, tuple(cells)).to_markdown()

@@ -140,7 +140,7 @@ def median_interval(values: Sequence[float], confidence: float = 0.95) -> Estima
     """The median with its interval from order statistics, which assumes nothing of the distribution.
 
     The widest pair, smallest and largest, where too few values reach the confidence: of n values it holds the median
-    with probability 1 - 2^(1-n), 98 % for 7.
+    with probability 1 - 2^(1-n), 97 % for 6.
     """
     ordered = sorted(values)
     n = len(ordered)

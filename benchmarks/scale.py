@@ -55,7 +55,7 @@ class Scale:
     adapters: int = 16
     checkpoints: int = 5
     precision: Precision = "fp32"
-    rounds: int = 7
+    rounds: int = 6
 
     @property
     def layer_weights(self) -> int:

@@ -12,7 +12,7 @@ from benchmarks.instruments import by_turns, peak_memory_mib
 from benchmarks.results import Point, SeriesResult
 from benchmarks.scale import Scale
 
-ROUNDS = 3
+ROUNDS = 2
 
 
 @dataclass(frozen=True)
