@@ -43,9 +43,8 @@ def torchao_student(folder: Path, scale: Scale) -> PeftModel:
 
     base = load_model(model_directory(folder, scale), scale.precision)
     head = base.get_output_embeddings()
-    configuration = QATConfig(
-        IntxWeightOnlyConfig(getattr(torch, "int4"), PerGroup(min(64, scale.width))), step="prepare"
-    )
+    grid = IntxWeightOnlyConfig(torch.int4, PerGroup(min(64, scale.width)))  # type: ignore[attr-defined]
+    configuration = QATConfig(grid, step="prepare")
     quantize_(base, configuration, lambda module, name: isinstance(module, nn.Linear) and module is not head)
     return adapted(base, scale.rank)
 
