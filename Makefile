@@ -1,4 +1,5 @@
 # make results: everything, from an empty folder to results/results.md. make test: the suite. make check: linters.
+# make benchmark: speed, memory and their growth beside the naive forms and other tools; remakes benchmarks/README.md.
 # make status: what is done, running, stale and why; starts nothing, and may be asked while a workflow runs.
 
 PYTHON ?= python3.11
@@ -10,7 +11,7 @@ SNAKEMAKE_ARGUMENTS ?=
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 INSTALL = $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet --no-deps
 
-.PHONY: results status test check audit format generate clean-environment
+.PHONY: results status test benchmark check audit format generate clean-environment
 
 results: $(VENV)/installed
 	snakemake --cores all $(SNAKEMAKE_ARGUMENTS)
@@ -21,6 +22,9 @@ status: $(VENV)/installed
 
 test: $(VENV)/installed-test
 	python -m pytest -n 3 $(PYTEST_ARGUMENTS)
+
+benchmark: $(VENV)/installed-test
+	python -m benchmarks $(BENCHMARK_ARGUMENTS)
 
 check: $(VENV)/installed-test
 	ruff check .

@@ -1,103 +1,133 @@
-"""How fast activations are extracted, beside one plain forward pass at a time; their equality is checked on the way.
+"""Activation extraction: each document is read to its chosen token and to the layer, in batches of like length.
 
-    PYTHONPATH=src:. python benchmarks/activation_extraction.py model=DIRECTORY [layer=6] [documents=64] ...
-
-The naive form reads every document whole, alone, through all layers and the lm_head, and keeps one hidden state. The
-extraction stops at the chosen token and at the layer, and batches documents of like length. Printed beside both: the
-rate of the extraction's own batches through the whole model, which says how much batching alone brings.
+Beside one plain pass per document, and padded batches with all hidden states, as transformers offers them. `forward
+alone` is the model's own rate: its first layers over batches of the same lengths, nothing chosen or kept.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
 
 import torch
-from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from stillhouse.config.base import StrictModel
+from benchmarks.harness import Aim, Benchmark, Floor, Form, Outcome, Work
+from benchmarks.scale import Scale, model_directory, random_ids
+from stillhouse.models.activations import residual_stream
 from stillhouse.models.loading import frozen, load_model
 from stillhouse.models.prefix import token_batches
-from stillhouse.runtime.commands import run_step
-from stillhouse.runtime.errors import UserError
 from stillhouse.studies.consistency_lens.activations import extract_activations
 from stillhouse.studies.consistency_lens.data import Example, choose_position, pad_contexts
 from stillhouse.studies.consistency_lens.run_settings import PositionSettings
 
-
-class Benchmark(StrictModel):
-    """The command line; documents of `shortest` to `longest` random tokens."""
-
-    model: Path
-    layer: Annotated[int, Field(ge=0)] = 6
-    documents: Annotated[int, Field(ge=1)] = 64
-    shortest: Annotated[int, Field(ge=8)] = 60
-    longest: Annotated[int, Field(ge=8)] = 120
-    batch_tokens: Annotated[int, Field(ge=1)] = 1024
-    tolerance: Annotated[float, Field(gt=0, description="Of the relative error.")] = 1e-4
+BATCH = 8
 
 
-def main(settings: Benchmark) -> None:
-    """Print documents per second of each form; refuse a result that differs from the naive one."""
-    model = frozen(load_model(settings.model, "fp32"))
-    examples = make_examples(settings, model.config.get_text_config().vocab_size)
-    forms: dict[str, Callable[[], Tensor]] = {
-        "one document at a time": lambda: one_at_a_time(model, settings.layer, examples),
-        "batches through the whole model": lambda: whole_model(model, examples, settings.batch_tokens),
-        "extraction": lambda: extract_activations(model, settings.layer, examples, settings.batch_tokens),
-    }
-    one_at_a_time(model, settings.layer, examples[:2])  # warm
-    results, rates = {}, {}
-    for name, form in forms.items():
-        start = time.perf_counter()
-        results[name] = form()
-        rates[name] = len(examples) / (time.perf_counter() - start)
-        print(f"{name}: {rates[name]:.1f} documents/s")
-    naive, fast = results["one document at a time"], results["extraction"]
-    error = float((naive - fast).norm() / naive.norm())
-    print(f"extraction is {rates['extraction'] / rates['one document at a time']:.1f} times the naive form")
-    print(f"relative difference of the activations: {error:.1e}")
-    if error > settings.tolerance:
-        raise UserError(f"the two forms differ by {error:.1e}, above tolerance {settings.tolerance:.0e}")
+def layer(scale: Scale) -> int:
+    """Half way up."""
+    return scale.layers // 2
 
 
-def make_examples(settings: Benchmark, vocabulary: int) -> list[Example]:
-    """Documents of random tokens, with random positions as the default policy draws them."""
-    chance = torch.Generator().manual_seed(0)
-    lengths = torch.randint(settings.shortest, settings.longest + 1, (settings.documents,), generator=chance).tolist()
+def examples(scale: Scale) -> list[Example]:
+    """Documents of half a context to a whole one, with random positions as the default policy draws them."""
+    drawing = torch.Generator().manual_seed(0)
+    lengths = torch.randint(scale.context // 2, scale.context + 1, (scale.documents,), generator=drawing).tolist()
     return [
         Example(
             str(number),
-            torch.randint(vocabulary, (length,), generator=chance),
+            torch.tensor(random_ids(length, scale, number)),
             choose_position(length, PositionSettings(), str(number)),
         )
         for number, length in enumerate(lengths)
     ]
 
 
-@torch.no_grad()
-def one_at_a_time(model: PreTrainedModel, layer: int, examples: Sequence[Example]) -> Tensor:
-    """[documents, hidden] by one plain pass each; the last layer's would be after the final norm."""
-    rows = []
-    for example in examples:
-        states = model(example.token_ids[None].to(model.device), output_hidden_states=True).hidden_states
-        rows.append(states[layer][0, example.position].float().cpu())
-    return torch.stack(rows)
+def model_of(folder: Path, scale: Scale) -> PreTrainedModel:
+    """The frozen model."""
+    return frozen(load_model(model_directory(folder, scale), scale.precision))
 
 
-@torch.no_grad()
-def whole_model(model: PreTrainedModel, examples: Sequence[Example], batch_tokens: int) -> Tensor:
-    """The extraction's batches through every layer, without the lm_head."""
-    last = torch.empty(0)
-    for batch in token_batches([example.position + 1 for example in examples], batch_tokens):
-        input_ids, _, _ = pad_contexts([examples[place] for place in batch])
-        last = model.base_model(input_ids=input_ids.to(model.device), use_cache=False).last_hidden_state
-    return last.cpu()
+def all_hidden_states(batch: int, folder: Path, scale: Scale) -> Work:
+    """Whole documents through all layers and the lm_head, `batch` at a time."""
+    model, found = model_of(folder, scale), examples(scale)
+
+    @torch.no_grad()
+    def work() -> Outcome:
+        rows: list[Tensor] = []
+        for start in range(0, len(found), batch):
+            chosen = found[start : start + batch]
+            ids = torch.nn.utils.rnn.pad_sequence([example.token_ids for example in chosen], batch_first=True)
+            mask = torch.arange(ids.shape[1]) < torch.tensor([len(example.token_ids) for example in chosen])[:, None]
+            states = model(
+                input_ids=ids.to(model.device),
+                attention_mask=mask.long().to(model.device),
+                output_hidden_states=True,
+                use_cache=False,
+            ).hidden_states
+            positions = [example.position for example in chosen]
+            rows += states[layer(scale)][range(len(chosen)), positions].float().cpu()
+        return {"activations": torch.stack(rows)}
+
+    return work
 
 
-if __name__ == "__main__":
-    run_step(Benchmark, main)
+def one_at_a_time(folder: Path, scale: Scale) -> Work:
+    """The naive form."""
+    return all_hidden_states(1, folder, scale)
+
+
+def padded_batches(folder: Path, scale: Scale) -> Work:
+    """In the order in which the documents come."""
+    return all_hidden_states(BATCH, folder, scale)
+
+
+def forward_alone(folder: Path, scale: Scale) -> Work:
+    """The first layers over the extraction's batches."""
+    model, found = model_of(folder, scale), examples(scale)
+    batches = [
+        pad_contexts([found[place] for place in batch])[0].to(model.device)
+        for batch in token_batches([example.position + 1 for example in found], scale.batch_tokens)
+    ]
+
+    @torch.no_grad()
+    def work() -> Outcome:
+        for input_ids in batches:
+            last = residual_stream(model, layer(scale), input_ids=input_ids, use_cache=False)
+        return {"last": last}
+
+    return work
+
+
+def extraction(folder: Path, scale: Scale) -> Work:
+    """Ours."""
+    model, found = model_of(folder, scale), examples(scale)
+    return lambda: {"activations": extract_activations(model, layer(scale), found, scale.batch_tokens)}
+
+
+def floor(folder: Path, scale: Scale) -> Floor:
+    """The documents to their tokens, through the layers below."""
+    lengths = [example.position + 1 for example in examples(scale)]
+    pairs = sum(length * (length + 1) / 2 for length in lengths)
+    share = layer(scale) / scale.layers
+    return Floor(share * scale.operations(sum(lengths), pairs, 0), share * scale.weight_bytes, sum(lengths))
+
+
+EXTRACTION = Benchmark(
+    name="activation_extraction",
+    what="activation extraction",
+    forms=(
+        Form("one document at a time", "naive", one_at_a_time),
+        Form("padded batches", "tool", padded_batches),
+        Form("forward alone", "other", forward_alone, equals=None),
+        Form("extraction", "ours", extraction),
+    ),
+    aims=(
+        Aim("one document at a time", "time", 3),
+        Aim("padded batches", "time", 3),
+        Aim("forward alone", "time", 0.9),
+    ),
+    floor=floor,
+    floor_formula="layers up to the chosen one / all layers x forward(tokens up to the chosen one)",
+    remains="Padding within a batch of like lengths, and attention over whole squares.",
+)

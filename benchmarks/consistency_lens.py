@@ -1,83 +1,84 @@
-"""How much faster the lens's decoder is with its differentiable KV cache than without, forward and backward.
+"""The lens's decoder with its differentiable KV cache, and without: forward and backward pass of T tokens.
 
-    PYTHONPATH=src:. python benchmarks/consistency_lens.py [model=DIRECTORY] [batch=8] [lengths=[10,32]] [repeats=2]
-
-Without a model, a random Llama of 4 layers of width 256 is made. The form without a cache, which the tests compare
-with, reads the whole sequence again for each token.
+No library offers a cache through which gradients flow, so the naive form is the only other one: after each token the
+whole sequence is read again.
 """
 
 from __future__ import annotations
 
-import tempfile
-import time
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
 
 import torch
-from pydantic import Field
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from stillhouse.config.base import StrictModel
-from stillhouse.runtime.commands import run_step
-from stillhouse.runtime.files import write_manifest
+from benchmarks.harness import Aim, Benchmark, Floor, Form, Outcome, Work
+from benchmarks.scale import Scale, loss_and_gradients, model_directory
 from stillhouse.studies.consistency_lens.model import Lens
 from stillhouse.studies.consistency_lens.run_settings import LensSettings
 from tests.consistency_lens.lenses import naive_explanation
-from tests.support.tiny_models import make_tiny_tokenizer
 
 
-class Benchmark(StrictModel):
-    """The command line."""
-
-    model: Path | None = None
-    batch: Annotated[int, Field(ge=1)] = 8
-    lengths: tuple[Annotated[int, Field(ge=1)], ...] = (10, 32)
-    repeats: Annotated[int, Field(ge=1)] = 2
-
-
-def main(settings: Benchmark) -> None:
-    """Print seconds of an explanation with its gradients, the best of the repeats, and the factor between the forms."""
-    with tempfile.TemporaryDirectory() as folder:
-        model_dir = settings.model or make_model(Path(folder) / "model")
-        for length in settings.lengths:
-            lens = Lens.build(model_dir, LensSettings(layer=1, text_length=length), "fp32")
-            activations = torch.randn(settings.batch, lens.decoder.prompt.shape[1], device=lens.decoder.prompt.device)
-
-            def cached(lens: Lens = lens, activations: Tensor = activations) -> Tensor:
-                return lens.explain(activations).embeddings
-
-            def uncached(lens: Lens = lens, activations: Tensor = activations) -> Tensor:
-                return naive_explanation(lens, activations, 1.0, True)[1]
-
-            fast, slow = (seconds(form, settings.repeats) for form in (cached, uncached))
-            print(f"T = {length:3d}: cached {fast:.3f} s, uncached {slow:.3f} s, {slow / fast:.1f} times faster")
+def lens_and_activations(folder: Path, scale: Scale) -> tuple[Lens, Tensor]:
+    """A lens of the scale's model, and a batch of activations to explain."""
+    settings = LensSettings(layer=1, text_length=scale.text_length)
+    lens = Lens.build(model_directory(folder, scale), settings, scale.precision)
+    drawing = torch.Generator().manual_seed(0)
+    prompt = lens.decoder.prompt
+    return lens, torch.randn(scale.batch, scale.width, generator=drawing).to(prompt.device)
 
 
-def seconds(form: Callable[[], Tensor], repeats: int) -> float:
-    """The fastest of `repeats` forward and backward passes."""
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        form().square().sum().backward()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return min(times)
+def outcome(lens: Lens, embeddings: Tensor) -> Outcome:
+    """Something of every embedding, and its gradients."""
+    return {"embeddings": embeddings.detach(), **loss_and_gradients(lens, embeddings.square().sum())}
 
 
-def make_model(directory: Path) -> Path:
-    """A random model with a tokenizer."""
-    config = LlamaConfig(
-        vocab_size=4096, hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=8,
-        num_key_value_heads=4,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(directory)
-    make_tiny_tokenizer().save_pretrained(directory)
-    write_manifest(directory)
-    return directory
+def uncached(folder: Path, scale: Scale) -> Work:
+    """The reference form of the tests."""
+    lens, activations = lens_and_activations(folder, scale)
+
+    def work() -> Outcome:
+        torch.manual_seed(0)  # the same Gumbel noise for every form
+        return outcome(lens, naive_explanation(lens, activations, 1.0, True)[1])
+
+    return work
 
 
-if __name__ == "__main__":
-    run_step(Benchmark, main)
+def cached(folder: Path, scale: Scale) -> Work:
+    """Ours."""
+    lens, activations = lens_and_activations(folder, scale)
+
+    def work() -> Outcome:
+        torch.manual_seed(0)
+        return outcome(lens, lens.explain(activations).embeddings)
+
+    return work
+
+
+def floor(folder: Path, scale: Scale) -> Floor:
+    """Prompt and text once, forward and backward, the last token only written; the vocabulary three times a token:
+    the lm_head in both directions, and the gradient of the soft token's embedding, whose value is a look-up.
+    """
+    lens, _ = lens_and_activations(folder, scale)
+    read = len(lens.decoder.prompt) + scale.text_length
+    rows = scale.batch * scale.text_length
+    layers = scale.operations(scale.batch * read, scale.batch * read * (read + 1) / 2, 0)
+    return Floor(2 * layers + scale.operations(0, 0, 3 * rows), 2 * scale.text_length * scale.weight_bytes, rows)
+
+
+def decoder(length: int, at_least: float | None) -> Benchmark:
+    """The benchmark of texts of so many tokens."""
+    return Benchmark(
+        name=f"lens_decoder_{length}",
+        what=f"lens decoder, T = {length}",
+        forms=(Form("no cache", "naive", uncached), Form("differentiable cache", "ours", cached)),
+        aims=() if at_least is None else (Aim("no cache", "time", at_least),),
+        floor=floor,
+        floor_formula="2 x forward(batch x (prompt + T) tokens) + 3 vocabulary products a token; the weights are read "
+        "once a token in each direction",
+        remains="One token of each text at a time: small products, T passes through every layer, one after another.",
+        change=lambda scale: replace(scale, text_length=length),
+    )
+
+
+DECODERS = (decoder(10, None), decoder(32, 3))

@@ -1,104 +1,104 @@
-"""A student's forward and backward pass: rounded LoRA layers beside torchao's QAT layers under peft, int4.
+"""A fake-quantised LoRA step in int4: rounded layers beside torchao's QAT layers under peft.
 
-    PYTHONPATH=src:. python benchmarks/fake_quantization.py [model=DIRECTORY] [group_size=64] [tokens=512] [repeats=3]
-
-Without a model, a random Llama of 4 layers of width 256 is made. torchao prepares the base for quantisation-aware
-training and peft puts LoRA beside it, Q(W)x + BAx: `beside` here is the same function, and its loss must equal that of
-torchao before anything is timed. `merged`, Q(W + BA)x, is what torchao and peft do not offer. Forms take turns.
+torchao prepares the base for quantisation-aware training and peft puts LoRA beside it, Q(W)x + BAx; `beside` here is
+the same function. `merged`, Q(W + BA)x, is what is deployed, and what the two libraries do not offer: its reference is
+plain autograd through the merged weight.
 """
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from types import MethodType
 
 import torch
 from peft import PeftModel
-from pydantic import Field
+from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
+from torch.nn import functional
 
-from benchmarks.consistency_lens import make_model, seconds
-from stillhouse.config.base import StrictModel
-from stillhouse.config.quantization import WeightFormat
-from stillhouse.config.training import LoraSettings
+from benchmarks.harness import Aim, Benchmark, Floor, Form, Outcome, Work
+from benchmarks.scale import Scale, adapted, loss_and_gradients, model_directory, random_ids, student
+from stillhouse.config.quantization import LoraQuantisation, WeightFormat
 from stillhouse.models.loading import load_model
-from stillhouse.models.lora import add_lora
+from stillhouse.models.quantization import fake_quantize
 from stillhouse.models.quantized_lora import fake_quantized, quantized_once
-from stillhouse.runtime.commands import run_step
-
-LORA = LoraSettings(rank=32, alpha=64, dropout=0.0)
 
 
-class Benchmark(StrictModel):
-    """The command line."""
-
-    model: Path | None = None
-    group_size: Annotated[int, Field(ge=2)] = 64
-    tokens: Annotated[int, Field(ge=2)] = 512
-    repeats: Annotated[int, Field(ge=1)] = 3
+def weight_format(scale: Scale) -> WeightFormat:
+    """int4 with groups that divide every layer of the scale's model."""
+    return WeightFormat(group_size=min(64, scale.width))
 
 
-def main(settings: Benchmark) -> None:
-    """Print seconds of a pass in each form, the best of the repeats, and its time as a multiple of torchao's."""
-    with tempfile.TemporaryDirectory() as folder:
-        model_dir = settings.model or make_model(Path(folder) / "model")
-        students = {
-            "torchao QAT + peft": torchao_student(model_dir, settings.group_size),
-            "beside": student(model_dir, settings.group_size, "beside"),
-            "merged": student(model_dir, settings.group_size, "merged"),
-        }
-        vocabulary = students["merged"].config.vocab_size
-        ids = torch.randint(vocabulary, (1, settings.tokens), generator=torch.Generator().manual_seed(0))
-        forms = {name: step(model, ids.to(model.device)) for name, model in students.items()}
-        with torch.no_grad():
-            torch.testing.assert_close(forms["beside"](), forms["torchao QAT + peft"](), rtol=1e-4, atol=1e-5)
-        best = dict.fromkeys(forms, float("inf"))
-        for _ in range(settings.repeats):
-            for name, form in forms.items():
-                best[name] = min(best[name], seconds(form, 1))
-    for name, time in best.items():
-        print(f"{name:20s} {time:.3f} s, {time / best['torchao QAT + peft']:.2f} x torchao")
+def our_student(placement: LoraQuantisation, folder: Path, scale: Scale) -> PeftModel:
+    """A student of ours."""
+    return fake_quantized(student(model_directory(folder, scale), scale), weight_format(scale), placement)
 
 
-def student(model_dir: Path, group_size: int, placement: str) -> PeftModel:
-    """A student of ours, its adapter away from zero."""
-    model = _adapted(load_model(model_dir, "fp32"))
-    return fake_quantized(model, WeightFormat(group_size=group_size), placement)  # type: ignore[arg-type]
-
-
-def torchao_student(model_dir: Path, group_size: int) -> PeftModel:
-    """The same from the two libraries."""
+def torchao_student(folder: Path, scale: Scale) -> PeftModel:
+    """The same from the two libraries, the adapter beside the rounded weight."""
     from torchao.quantization import IntxWeightOnlyConfig, PerGroup, quantize_
     from torchao.quantization.qat import QATConfig
 
-    base = load_model(model_dir, "fp32")
+    base = load_model(model_directory(folder, scale), scale.precision)
     head = base.get_output_embeddings()
-    configuration = QATConfig(IntxWeightOnlyConfig(torch.int4, PerGroup(group_size)), step="prepare")
+    grid = IntxWeightOnlyConfig(torch.int4, PerGroup(min(64, scale.width)))  # type: ignore[attr-defined]
+    configuration = QATConfig(grid, step="prepare")
     quantize_(base, configuration, lambda module, name: isinstance(module, nn.Linear) and module is not head)
-    return _adapted(base)
+    return adapted(base, scale.rank)
 
 
-def step(model: PeftModel, ids: Tensor) -> Callable[[], Tensor]:
-    """A pass as the objective makes it: ours rounds every weight once at its start."""
+def autograd_student(folder: Path, scale: Scale) -> PeftModel:
+    """Merged by plain autograd: the weight of every layer is a node, and so is its rounding."""
+    model = student(model_directory(folder, scale), scale)
 
-    def forward() -> Tensor:
+    def merged(layer: LoraLinear, x: Tensor) -> Tensor:
+        [name] = layer.active_adapters
+        base: nn.Linear = layer.get_base_layer()
+        weight = base.weight + layer.scaling[name] * layer.lora_B[name].weight @ layer.lora_A[name].weight
+        rounded = weight + (fake_quantize(weight.detach(), weight_format(scale)) - weight).detach()
+        return functional.linear(x, rounded, base.bias)
+
+    for module in model.modules():
+        if isinstance(module, LoraLinear):
+            module.forward = MethodType(merged, module)
+    return model
+
+
+def rounded_step(make: Callable[[Path, Scale], PeftModel], folder: Path, scale: Scale) -> Work:
+    """A forward and backward pass as an objective makes it: ours rounds every weight once at its start."""
+    model = make(folder, scale)
+    ids = torch.tensor([random_ids(scale.prompt + scale.answer, scale, row) for row in range(scale.batch)])
+    ids = ids.to(model.device)
+
+    def work() -> Outcome:
         with quantized_once(model):
             logits: Tensor = model(input_ids=ids, use_cache=False).logits
-        return logits.log_softmax(-1).mean()
+            return loss_and_gradients(model, functional.cross_entropy(logits.float().flatten(0, 1), ids.flatten()))
 
-    return forward
-
-
-def _adapted(base: nn.Module) -> PeftModel:
-    model = add_lora(base, LORA, seed=0)  # type: ignore[arg-type]
-    drawing = torch.Generator().manual_seed(1)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data = (torch.randn(parameter.shape, generator=drawing) * 0.01).to(parameter.device)
-    return model.train()
+    return work
 
 
-if __name__ == "__main__":
-    run_step(Benchmark, main)
+def rounded_floor(folder: Path, scale: Scale) -> Floor:
+    """A step of the student's; the rounding reads and writes every weight once."""
+    length = scale.prompt + scale.answer
+    tokens = scale.batch * length
+    needed = 2 * scale.operations(tokens, tokens * (length + 1) / 2, tokens)
+    return Floor(needed, 4 * scale.weight_bytes, tokens)
+
+
+FAKE_QUANTISATION = Benchmark(
+    name="fake_quantisation",
+    what="int4 merged-LoRA fake quantisation step",
+    forms=(
+        Form("torchao QAT + peft, adapter beside", "tool", partial(rounded_step, torchao_student)),
+        Form("rounded layers, adapter beside", "other", partial(rounded_step, partial(our_student, "beside"))),
+        Form("merged by autograd", "naive", partial(rounded_step, autograd_student), equals=None),
+        Form("merged", "ours", partial(rounded_step, partial(our_student, "merged")), equals="merged by autograd"),
+    ),
+    aims=(Aim("torchao QAT + peft, adapter beside", "time", 1 / 1.2),),
+    floor=rounded_floor,
+    floor_formula="2 x forward(tokens, all rows through the lm_head)",
+    remains="The rounding itself: some passes over every weight, element by element.",
+)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from transformers import PreTrainedModel
 from stillhouse.data.packing import NO_LABEL, Sequence, answer_rows_logits, micro_batches, pack, pad
 from stillhouse.models.loading import load_model
 
-COLLATE = {"packed": pack, "padded": pad}
+COLLATE = {"packed": pack, "packed into rows": partial(pack, row_tokens=17), "padded": pad}
 
 
 def sequence(length: int, answer_start: int, name: str = "") -> Sequence:
@@ -43,8 +44,9 @@ def test_gradients_of_packed_and_padded_are_equal(tiny_model: Path) -> None:
         batch = collate(SEQUENCES)
         torch.nn.functional.cross_entropy(answer_rows_logits(model, batch), batch.labels).backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
-    for packed, padded in zip(*gradients, strict=True):
+    for packed, in_rows, padded in zip(*gradients, strict=True):
         torch.testing.assert_close(packed, padded, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(in_rows, padded, rtol=1e-4, atol=1e-6)
 
 
 def test_a_later_sequence_cannot_see_an_earlier_one(model: PreTrainedModel) -> None:
@@ -66,12 +68,23 @@ def test_the_row_after_the_last_token_has_no_label() -> None:
     assert pack([Sequence([5, 6, 7], 1, "a")], "with_last").labels.tolist() == [6, 7, NO_LABEL]
 
 
-def test_only_answer_rows_reach_the_output_embeddings(model: PreTrainedModel) -> None:
+@pytest.mark.parametrize("collate", COLLATE.values(), ids=COLLATE.keys())
+def test_only_answer_rows_reach_the_output_embeddings(model: PreTrainedModel, collate) -> None:
     seen = []
-    handle = model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape))
-    answer_rows_logits(model, pack(SEQUENCES))
+    handle = model.get_output_embeddings().register_forward_hook(lambda _, inputs, output: seen.append(output.shape))
+    answer_rows_logits(model, collate(SEQUENCES))
     handle.remove()
-    assert seen == [(1, sum(len(s.answer_ids) for s in SEQUENCES), 32)]
+    assert seen == [(1, sum(len(s.answer_ids) for s in SEQUENCES), 384)]
+
+
+def test_packed_rows_are_near_their_limit_and_nearly_filled() -> None:
+    batch = pack(SEQUENCES, row_tokens=17)
+    assert batch.input_ids.shape == (2, 17)  # 12 + 5 and 9 + 7 of 33 tokens
+    assert batch.position_ids.tolist() == [[*range(12), *range(5)], [*range(9), *range(8)]]
+    assert pack(SEQUENCES).input_ids.shape == (1, 33)
+    # Two rows would be a third empty; a sequence over the limit is no reason for longer rows of the others.
+    assert pack([sequence(20, 1), sequence(4, 1), sequence(4, 1)], row_tokens=20).input_ids.shape == (1, 28)
+    assert pack([sequence(20, 1), *(sequence(4, 1) for _ in range(5))], row_tokens=4).input_ids.shape == (2, 20)
 
 
 def test_micro_batches_keep_order_and_budget_and_leave_an_overlong_sequence_alone() -> None:

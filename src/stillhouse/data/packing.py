@@ -1,9 +1,9 @@
 """Collation of prompt-and-answer sequences, packed or padded: only answer rows reach the output embeddings.
 
-A `Sequence` is a prompt followed by its answer. `pack` concatenates sequences into one row whose
+A `Sequence` is a prompt followed by its answer. `pack` puts sequences one after another into rows whose
 `position_ids` restart at each of them: transformers then builds a block-diagonal causal mask from the
-positions, provided that there is neither an attention mask nor a cache. `pad` puts them on the left-padded
-rows of a rectangle. Both give the same answer rows in the same order: an objective need not know which form
+positions, provided that there is neither an attention mask nor a cache. `pad` puts each on a left-padded row
+of its own. Both give the same answer rows in the same order: an objective need not know which form
 it got. Labels come from lengths, never from `ids == pad` (the pad token may be the end-of-sequence token).
 """
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
-from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -21,6 +20,9 @@ if TYPE_CHECKING:
     from torch import nn
 
 NO_LABEL = -100
+# Attention computes the square of a packed row, also between sequences that cannot see each other: one row of 8,192
+# tokens would cost a model of width 2,048 two thirds of its projections again, rows of 512 cost a twentieth.
+ROW_TOKENS = 512
 Rows = Literal["predicting", "with_last"]
 
 
@@ -59,8 +61,7 @@ class AnswerBatch:
     """Sequences ready for one forward pass, and where their R answer rows are; see `pack` and `pad`.
 
     input_ids, position_ids: [batch, time]. attention_mask: [batch, time], or None where sequences are packed.
-    logit_columns: [columns], the positions (of every row of the batch) that reach the output embeddings.
-    logit_rows: [R], where an answer row is among the flattened `batch * columns` logits.
+    logit_rows: [R], where an answer row is among the flattened `batch * time` positions.
     labels: [R], the token that the row predicts; NO_LABEL for the row after the last answer token.
     example_of_row: [R], index of the row's sequence among `sequences`.
     """
@@ -69,7 +70,6 @@ class AnswerBatch:
     input_ids: Tensor
     position_ids: Tensor
     attention_mask: Tensor | None
-    logit_columns: Tensor
     logit_rows: Tensor
     labels: Tensor
     example_of_row: Tensor
@@ -111,27 +111,26 @@ def micro_batches(
         yield group
 
 
-def pack(sequences: Iterable[Sequence], rows: Rows = "predicting") -> AnswerBatch:
-    """Concatenate sequences into one row [1, T]; positions restart at each sequence and keep them apart."""
+def pack(sequences: Iterable[Sequence], rows: Rows = "predicting", row_tokens: int = ROW_TOKENS) -> AnswerBatch:
+    """Put sequences one after another into rows of about `row_tokens`, [rows, T].
+
+    What is left of a row at its end carries on the last sequence, which cannot see it.
+    """
     sequences = tuple(sequences)
-    offsets = [0]
-    for sequence in sequences:
-        offsets.append(offsets[-1] + len(sequence))
-    columns = [
-        offset + position
-        for offset, sequence in zip(offsets, sequences, strict=False)
-        for position in sequence.logit_positions(rows)
-    ]
-    return AnswerBatch(
-        sequences,
-        input_ids=torch.tensor([list(chain.from_iterable(sequence.input_ids for sequence in sequences))]),
-        position_ids=torch.tensor([list(chain.from_iterable(range(len(sequence)) for sequence in sequences))]),
-        attention_mask=None,
-        logit_columns=torch.tensor(columns),
-        logit_rows=torch.arange(len(columns)),
-        labels=_labels(sequences, rows),
-        example_of_row=_example_of_row(sequences, rows),
-    )
+    layout = _layout([len(sequence) for sequence in sequences], row_tokens)
+    longest = max(sum(len(sequences[place]) for place in row) for row in layout)
+    input_ids = torch.zeros(len(layout), longest, dtype=torch.long)
+    position_ids = torch.zeros_like(input_ids)
+    starts = [0] * len(sequences)
+    for number, row in enumerate(layout):
+        column = 0
+        for place in row:
+            length = len(sequences[place])
+            input_ids[number, column : column + length] = torch.tensor(sequences[place].input_ids)
+            position_ids[number, column:] = torch.arange(longest - column)
+            starts[place] = number * longest + column
+            column += length
+    return _answer_batch(sequences, rows, starts, input_ids, position_ids)
 
 
 def pad(sequences: Iterable[Sequence], rows: Rows = "predicting", pad_id: int = 0) -> AnswerBatch:
@@ -146,23 +145,8 @@ def pad(sequences: Iterable[Sequence], rows: Rows = "predicting", pad_id: int = 
         input_ids[row, start:] = torch.tensor(sequence.input_ids)
         position_ids[row, start:] = torch.arange(len(sequence))
         attention_mask[row, start:] = 1
-    positions = [
-        [longest - len(sequence) + position for position in sequence.logit_positions(rows)] for sequence in sequences
-    ]
-    first = min(chain.from_iterable(positions))
-    columns = range(first, 1 + max(chain.from_iterable(positions)))
-    return AnswerBatch(
-        sequences,
-        input_ids=input_ids,
-        position_ids=position_ids,
-        attention_mask=attention_mask,
-        logit_columns=torch.tensor(columns),
-        logit_rows=torch.tensor(
-            [row * len(columns) + column - first for row, own in enumerate(positions) for column in own]
-        ),
-        labels=_labels(sequences, rows),
-        example_of_row=_example_of_row(sequences, rows),
-    )
+    starts = [(row + 1) * longest - len(sequence) for row, sequence in enumerate(sequences)]
+    return _answer_batch(sequences, rows, starts, input_ids, position_ids, attention_mask)
 
 
 def answer_rows_logits(model: nn.Module, batch: AnswerBatch) -> Tensor:
@@ -170,21 +154,61 @@ def answer_rows_logits(model: nn.Module, batch: AnswerBatch) -> Tensor:
 
     `use_cache=False` is needed, not only thrifty: with a cache transformers ignores packed positions.
     """
-    logits = model(
-        input_ids=batch.input_ids,
-        position_ids=batch.position_ids,
-        attention_mask=batch.attention_mask,
-        logits_to_keep=batch.logit_columns,
-        use_cache=False,
-    ).logits
-    return logits.flatten(0, 1)[batch.logit_rows]
+
+    def keep_rows(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (arguments[0].flatten(0, 1)[batch.logit_rows][None], *arguments[1:])
+
+    # A hook and not `logits_to_keep`, which takes the same columns of every row.
+    output_embeddings: nn.Module = model.get_output_embeddings()  # type: ignore[operator]  # of every causal model
+    handle = output_embeddings.register_forward_pre_hook(keep_rows)
+    try:
+        logits: Tensor = model(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            attention_mask=batch.attention_mask,
+            use_cache=False,
+        ).logits
+    finally:
+        handle.remove()
+    return logits[0]
+
+
+def _layout(lengths: list[int], row_tokens: int) -> list[list[int]]:
+    """The places of the sequences in each row: as many rows as leave at most a tenth of their rectangle unfilled."""
+    total = sum(lengths)
+    for count in range(-(-total // max(row_tokens, *lengths)), 0, -1):
+        layout: list[list[int]] = [[] for _ in range(count)]
+        filled = [0] * count
+        for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
+            row = filled.index(min(filled))
+            layout[row].append(place)
+            filled[row] += lengths[place]
+        if count * max(filled) <= 1.1 * total:
+            break
+    return layout
+
+
+def _answer_batch(
+    sequences: tuple[Sequence, ...],
+    rows: Rows,
+    starts: list[int],
+    input_ids: Tensor,
+    position_ids: Tensor,
+    attention_mask: Tensor | None = None,
+) -> AnswerBatch:
+    """The batch of sequences that begin at `starts` among the flattened positions."""
+    positions = [sequence.logit_positions(rows) for sequence in sequences]
+    return AnswerBatch(
+        sequences,
+        input_ids,
+        position_ids,
+        attention_mask,
+        logit_rows=torch.tensor([start + place for start, own in zip(starts, positions, strict=True) for place in own]),
+        labels=_labels(sequences, rows),
+        example_of_row=torch.arange(len(sequences)).repeat_interleave(torch.tensor([len(own) for own in positions])),
+    )
 
 
 def _labels(sequences: tuple[Sequence, ...], rows: Rows) -> Tensor:
     unlabelled = [NO_LABEL] if rows == "with_last" else []
     return torch.tensor([label for sequence in sequences for label in [*sequence.answer_ids, *unlabelled]])
-
-
-def _example_of_row(sequences: tuple[Sequence, ...], rows: Rows) -> Tensor:
-    counts = torch.tensor([len(sequence.logit_positions(rows)) for sequence in sequences])
-    return torch.arange(len(sequences)).repeat_interleave(counts)

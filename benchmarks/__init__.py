@@ -1,0 +1,1 @@
+"""How fast the studies' work is, beside its naive form and the tools that people would pick; see README.md here."""

@@ -1,0 +1,86 @@
+"""Run benchmarks, scaling series and the look at the workflow; write `results/<device>.json` and the page.
+
+    python -m benchmarks [only=[context_step,top_k,workflow]] [rounds=7] [results=DIRECTORY] [page=README.md]
+
+What is run replaces its own entry; the rest of the file stays as it was. A form that computes something else than the
+naive one ends the program before anything of its benchmark is timed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import transformers
+from pydantic import Field
+
+from benchmarks.catalogue import BENCHMARKS
+from benchmarks.dag_scale import measure_workflow
+from benchmarks.harness import measure
+from benchmarks.instruments import describe
+from benchmarks.page import write_page
+from benchmarks.results import DIRECTORY, Device, Results, read_results
+from benchmarks.scale import GPU, PROCESSOR
+from benchmarks.scaling import SERIES, measure_series
+from stillhouse.config.base import StrictModel
+from stillhouse.models.precision import default_device
+from stillhouse.runtime.commands import run_step
+from stillhouse.runtime.errors import ConfigurationError
+from stillhouse.runtime.logs import logger
+
+
+class Run(StrictModel):
+    """The command line. only: names of what is run, empty: everything. rounds: of the timing, None: the scale's."""
+
+    only: tuple[str, ...] = ()
+    rounds: Annotated[int | None, Field(ge=1)] = None
+    results: Path = DIRECTORY
+    page: Path = DIRECTORY.parent / "README.md"
+
+
+def main(run: Run) -> None:
+    """Measure, and write after each part, so that what a stopped run finished is kept."""
+    transformers.utils.logging.disable_progress_bar()
+    scale = GPU if default_device().type == "cuda" else PROCESSOR
+    scale = replace(scale, rounds=run.rounds or scale.rounds)
+    device = describe(default_device(), scale.precision)
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        parts: dict[str, tuple[str, Callable[[], Any]]] = {
+            **{name: ("benchmarks", partial(measure, one, scale, place)) for name, one in BENCHMARKS.items()},
+            **{name: ("series", partial(measure_series, one, scale, place)) for name, one in SERIES.items()},
+            "workflow": ("workflow", measure_workflow),
+        }
+        for name in chosen(run.only, tuple(parts)):
+            section, work = parts[name]
+            started = time.monotonic()
+            keep(run.results, device, section, name, work())
+            logger.info("%s: measured in %.0f s", name, time.monotonic() - started)
+    write_page(run.results, run.page)
+
+
+def chosen(only: tuple[str, ...], known: tuple[str, ...]) -> tuple[str, ...]:
+    """The parts to run. Raises `ConfigurationError` for a name that there is not."""
+    for name in only:
+        if name not in known:
+            [nearest] = difflib.get_close_matches(name, known, n=1, cutoff=0)
+            raise ConfigurationError(f"only: there is no '{name}'; nearest: '{nearest}', all: {', '.join(known)}")
+    return only or known
+
+
+def keep(directory: Path, device: Device, section: str, name: str, result: Any) -> None:
+    """Put one result into the device's file."""
+    earlier = next((found for found in read_results(directory) if found.device.slug == device.slug), None)
+    results = earlier or Results(device=device)
+    entry = result if section == "workflow" else {**getattr(results, section), name: result}
+    results.model_copy(update={"device": device, section: entry}).write(directory)
+
+
+if __name__ == "__main__":
+    run_step(Run, main)

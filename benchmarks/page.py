@@ -1,0 +1,274 @@
+"""The page `README.md` and its figures, from the results files and the benchmarks' declarations; measures nothing.
+
+python -m benchmarks.page [results=DIRECTORY] [page=README.md]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.catalogue import BENCHMARKS, MISSING
+from benchmarks.harness import Aim, Benchmark
+from benchmarks.plots import draw_growth, draw_ratios
+from benchmarks.results import (
+    DIRECTORY,
+    BenchmarkResult,
+    Device,
+    FormResult,
+    Results,
+    WorkflowResult,
+    growth_exponent,
+    read_results,
+)
+from benchmarks.scaling import SERIES
+from stillhouse.config.base import StrictModel
+from stillhouse.reporting.tables import Cell, Column, Table, format_estimate
+from stillhouse.runtime.commands import run_step
+from stillhouse.runtime.files import atomic_write_text
+
+NO_OP_SECONDS, GROWTH = 3.0, 1.2
+INTRODUCTION = """# Benchmarks
+
+Each benchmark computes the same thing in several forms: the naive one, the tool that people would pick, and ours. It
+first checks in fp32 that they give the same loss and gradients (or activations, logits, answers), and stops where they
+do not. Then it times them by turns in one process, counts their floating-point operations, and measures the peak memory
+of each in a process of its own.
+
+    make benchmark                                          # all of it, under 20 minutes on two cores
+    python -m benchmarks only=[context_step,teacher_cache]  # some of it; the rest of the results stays
+    python -m benchmarks.page                               # this page from benchmarks/results/
+
+The same command on a GPU takes the full-size scale in bf16 and writes a file of its own. Ratios are medians over
+rounds, with the interval that order statistics give; above 1 ours is better. Every form does the same tokens, so that
+tokens/s have the ratio of time. *Floor*: the least that any form must do, the operations of its formula over the rate
+that a large matrix product attains on the device, or its bytes over that of a large copy, whichever is longer.
+Attention counts as whole squares in the FLOPs and as the causal half in the floors. Sizes: `scale.py`.
+"""
+
+
+class Page(StrictModel):
+    """The command line."""
+
+    results: Path = DIRECTORY
+    page: Path = DIRECTORY.parent / "README.md"
+
+
+def main(step: Page) -> None:
+    """Write the page again."""
+    write_page(step.results, step.page)
+
+
+def write_page(results: Path, page: Path) -> None:
+    """Write the page, and the figures beside the results."""
+    found = read_results(results)
+    parts = [INTRODUCTION, *(part for one in found for part in device_section(one, results, page))]
+    atomic_write_text(page, "\n".join([*parts, missing_section(found)]))
+
+
+def device_section(results: Results, directory: Path, page: Path) -> Iterator[str]:
+    """Everything measured on one device."""
+    device, slug = results.device, results.device.slug
+    versions = ", ".join(f"{name} {version}" for name, version in device.versions.items())
+    where = f"{device.cores} cores, {device.name}" if device.kind == "cpu" else device.name
+    yield f"## {'Processor' if device.kind == 'cpu' else device.name}\n"
+    yield f"{where}; {device.precision}; {versions}.\n"
+    rows = [(BENCHMARKS[name], results.benchmarks[name]) for name in BENCHMARKS if name in results.benchmarks]
+    if rows:
+        yield ratio_table(rows).to_markdown()
+        figure = directory / f"{slug}-ratios.png"
+        draw_ratios(
+            figure,
+            [
+                (f"{benchmark.what}\nagainst {form.name}", result.time_ratio(form.name), time_aim(benchmark, form.name))
+                for benchmark, result in rows
+                for form in others(result)
+                if form.seconds
+            ],
+        )
+        yield f"![Ratios of time]({figure.relative_to(page.parent)})\n"
+        yield "### Equality, floor, and what is left\n"
+        yield floor_table(rows, device).to_markdown()
+        yield "\n".join(floor_notes(rows))
+        yield "\n".join(short_falls(rows, device))
+    if device.kind == "gpu":
+        yield rate_table(rows).to_markdown()
+    if results.series:
+        series = {name: results.series[name] for name in SERIES if name in results.series}
+        figure = directory / f"{slug}-growth.png"
+        labels = {name: (BENCHMARKS[SERIES[name].benchmark].what, SERIES[name].label) for name in series}
+        ours = frozenset(
+            form.name for benchmark in BENCHMARKS.values() for form in benchmark.forms if form.role == "ours"
+        )
+        draw_growth(figure, series, labels, ours)
+        yield f"### How cost grows\n\n![Growth of time and memory]({figure.relative_to(page.parent)})\n"
+    if results.workflow:
+        yield from workflow_section(results.workflow)
+
+
+def others(result: BenchmarkResult) -> list[FormResult]:
+    """The forms that are not ours."""
+    return [form for form in result.forms if form.role != "ours"]
+
+
+def ratio_table(rows: list[tuple[Benchmark, BenchmarkResult]]) -> Table:
+    """Ours beside each other form, with the aims."""
+    cells: list[tuple[Cell, ...]] = []
+    for benchmark, result in rows:
+        for form in others(result):
+            aims = [aim for aim in benchmark.aims if aim.against == form.name]
+            cells.append(
+                (
+                    benchmark.what,
+                    form.name,
+                    "; ".join(aim.text for aim in aims) or "the same result",
+                    format_estimate(result.time_ratio(form.name), 2) if form.seconds else None,
+                    ratio(result, form, "operations"),
+                    ratio(result, form, "memory"),
+                )
+            )
+    columns = (
+        Column("what"),
+        Column("against"),
+        Column("aim"),
+        Column("time"),
+        Column("FLOPs", "number", 2),
+        Column("peak memory", "number", 2),
+    )
+    return Table("ratios", "How many times as much the other form takes.", columns, tuple(cells))
+
+
+def ratio(result: BenchmarkResult, form: FormResult, quantity: str) -> float | None:
+    """The other form's quantity over ours; None where it was not measured."""
+    ours = result.ours
+    if quantity == "time":
+        return result.time_ratio(form.name).value if form.seconds else None
+    pair = (
+        (form.operations, ours.operations) if quantity == "operations" else (form.peak_memory_mib, ours.peak_memory_mib)
+    )
+    return pair[0] / pair[1] if pair[0] is not None and pair[1] else None
+
+
+def time_aim(benchmark: Benchmark, form: str) -> float | None:
+    """What the time ratio is to reach."""
+    return next((aim.at_least for aim in benchmark.aims if aim.against == form and aim.quantity == "time"), None)
+
+
+def floor_table(rows: list[tuple[Benchmark, BenchmarkResult]], device: Device) -> Table:
+    """How near ours is to the least that any form must do."""
+    cells: list[tuple[Cell, ...]] = []
+    for benchmark, result in rows:
+        floor, ours = result.floor_seconds(device), result.ours
+        errors = [form.error for form in result.forms if form.error is not None]
+        cells.append(
+            (
+                benchmark.what,
+                f"{max(errors):.0e} (at most {result.tolerance:.0e})" if errors else None,
+                ours.operations / result.floor_operations if ours.operations and result.floor_operations else None,
+                floor / float(np.median(ours.seconds)) if floor else None,
+                benchmark.remains,
+            )
+        )
+    columns = (
+        Column("what"),
+        Column("largest relative difference"),
+        Column("FLOPs over floor", "number", 2),
+        Column("floor over time", "percent", 0, "share of the floor, %"),
+        Column("what is left"),
+    )
+    return Table("floors", "Ours beside the least that any form must do.", columns, tuple(cells))
+
+
+def floor_notes(rows: list[tuple[Benchmark, BenchmarkResult]]) -> Iterator[str]:
+    """The formulas of the floors."""
+    yield "Floors (`forward` as in `Scale.operations`: projections, causal attention, lm_head rows):\n"
+    yield from (f"- {benchmark.what}: {benchmark.floor_formula}" for benchmark, _ in rows)
+    yield ""
+
+
+def short_falls(rows: list[tuple[Benchmark, BenchmarkResult]], device: Device) -> Iterator[str]:
+    """Every aim that was missed, with its cause."""
+    missed = [
+        (benchmark, aim, value)
+        for benchmark, result in rows
+        for aim in benchmark.aims
+        if applies(aim, device)
+        and (value := ratio(result, result.form(aim.against), aim.quantity)) is not None
+        and value < aim.at_least
+    ]
+    yield "### What falls short\n"
+    yield from (
+        f"- {benchmark.what}, against {aim.against}: {aim.text}, measured {value:.2f}. {benchmark.shortfall}"
+        for benchmark, aim, value in missed
+    )
+    if not missed:
+        yield "Nothing: every aim above is met."
+    yield ""
+
+
+def applies(aim: Aim, device: Device) -> bool:
+    """Whether the aim is one of this kind of device."""
+    return aim.device == "any" or aim.device == device.kind
+
+
+def rate_table(rows: list[tuple[Benchmark, BenchmarkResult]]) -> Table:
+    """Absolute times and rates, on GPUs alone."""
+    cells: list[tuple[Cell, ...]] = []
+    for benchmark, result in rows:
+        for form in result.forms:
+            if form.seconds:
+                time = float(np.median(form.seconds))
+                cells.append((benchmark.what, form.name, 1000 * time, result.tokens / time, form.peak_memory_mib))
+    columns = (
+        Column("what"),
+        Column("form"),
+        Column("milliseconds", "number", 1),
+        Column("tokens/s", "integer"),
+        Column("peak memory, MiB", "integer"),
+    )
+    return Table("rates", "Absolute times.", columns, tuple(cells))
+
+
+def workflow_section(workflow: WorkflowResult) -> Iterator[str]:
+    """Seconds of looking at the DAG, and their growth."""
+    yield "### The workflow\n"
+    cells: list[tuple[Cell, ...]] = []
+    for label, size in (("default", workflow.default), *((None, size) for size in workflow.sizes)):
+        jobs = size["dry run"].jobs
+        times = [command.seconds for command in size.values()]
+        peak = max(command.peak_memory_mib for command in size.values())
+        cells.append((label or "study of sweeps", jobs, *times, peak))
+    columns = (
+        Column("configuration"),
+        Column("jobs", "integer"),
+        *(Column(name, "number", 1, f"{name}, s") for name in workflow.default),
+        Column("peak memory", "integer", heading="peak memory, MiB"),
+    )
+    yield Table("workflow", "Seconds to look at the DAG; nothing is run.", columns, tuple(cells)).to_markdown()
+    no_op = workflow.default["no-op"].seconds
+    verdict = "met" if no_op < NO_OP_SECONDS else "missed"
+    yield f"Aim: a no-op run under {NO_OP_SECONDS:g} s: {verdict}, {no_op:.1f} s with the default configuration.\n"
+    sizes = [float(size["dry run"].jobs) for size in workflow.sizes]
+    for name in ("dry run", "no-op"):
+        exponent = growth_exponent(sizes, [size[name].processor_seconds for size in workflow.sizes])
+        verdict = "met" if exponent <= GROWTH else "missed"
+        yield f"Aim: near-linear growth of the {name}: {verdict}, processor time ~ jobs^{exponent:.2f}.\n"
+
+
+def missing_section(found: list[Results]) -> str:
+    """What the page cannot show."""
+    missing = dict(MISSING)
+    if not any(results.device.kind == "gpu" for results in found):
+        missing["figures of a GPU"] = "none could be used; `python -m benchmarks` on a machine with one adds them"
+    for results in found:
+        absent = [name for name in BENCHMARKS if name not in results.benchmarks]
+        if absent:
+            missing[f"not yet measured on {results.device.slug}"] = ", ".join(absent)
+    lines = [f"- {what}: {reason}." for what, reason in missing.items()]
+    return "\n".join(["## Missing\n", *lines, ""])
+
+
+if __name__ == "__main__":
+    run_step(Page, main)

@@ -1,0 +1,89 @@
+"""How cost grows: the forms of a benchmark at rising values of one of the scale's sizes, time and peak memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from benchmarks.catalogue import BENCHMARKS
+from benchmarks.instruments import by_turns, peak_memory_mib
+from benchmarks.results import Point, SeriesResult
+from benchmarks.scale import Scale
+
+ROUNDS = 2
+
+
+@dataclass(frozen=True)
+class Series:
+    """A plot. size: the field of the scale that grows; label: what it is called, with its unit.
+
+    forms: names of the benchmark's forms that are drawn, ours among them. batch: examples in a step, None: the scale's.
+    """
+
+    name: str
+    benchmark: str
+    size: str
+    label: str
+    values: tuple[int, ...]
+    forms: tuple[str, ...]
+    batch: int | None = None
+
+
+SERIES: dict[str, Series] = {
+    series.name: series
+    for series in (
+        Series(
+            "sequence_length", "context_step", "answer", "answer length (words)", (16, 32, 64, 128, 256),
+            ("naive", "cached targets"), batch=2,
+        ),
+        Series("top_k", "context_step", "top_k", "K", (16, 64, 256, 1024, 4096), ("naive", "cached targets"), batch=2),
+        Series(
+            "vocabulary", "context_step", "vocabulary", "vocabulary", (2048, 8192, 32768, 131072),
+            ("naive", "cached targets"), batch=2,
+        ),
+        Series(
+            "cached_examples", "teacher_cache", "examples", "examples in the cache", (8, 16, 32, 64),
+            ("padded batches", "shots read once"),
+        ),
+        Series(
+            "documents", "activation_extraction", "documents", "documents", (32, 64, 128, 256),
+            ("padded batches", "extraction"),
+        ),
+        Series(
+            "text_length", "lens_decoder_32", "text_length", "tokens of the explanation, T", (4, 8, 16, 32, 64),
+            ("no cache", "differentiable cache"),
+        ),
+        Series(
+            "latents", "latentwire_step", "latents", "latents, M", (4, 16, 64, 256),
+            ("teacher in the step", "cached teacher"),
+        ),
+        Series(
+            "checkpoints", "evaluation", "checkpoints", "checkpoints", (1, 2, 4),
+            ("transformers generate", "one engine start"),
+        ),
+    )
+}  # fmt: skip
+
+
+def measure_series(series: Series, scale: Scale, folder: Path) -> SeriesResult:
+    """Time every value's forms by turns, then their memory, each in a process of its own."""
+    benchmark = BENCHMARKS[series.benchmark]
+    forms = [form for form in benchmark.forms if form.name in series.forms]
+    curves: dict[str, list[Point]] = {form.name: [] for form in forms}
+    for value in series.values:
+        changes: dict[str, Any] = {"batch": series.batch or scale.batch, series.size: value}
+        sized = replace(benchmark.change(scale), **changes)
+        works = {form.name: form.prepare(folder, sized) for form in forms}
+        for work in works.values():
+            work()
+        seconds = by_turns(works, min(ROUNDS, sized.rounds))
+        works.clear()
+        for form in forms:
+            memory = peak_memory_mib(form.prepare, folder, sized) if form.counted else None
+            curves[form.name].append(Point(value=value, seconds=seconds[form.name], peak_memory_mib=memory))
+    return SeriesResult(
+        measured=datetime.now(UTC).replace(microsecond=0),
+        curves={name: tuple(points) for name, points in curves.items()},
+    )

@@ -1,0 +1,44 @@
+"""Every benchmark's forms agree on a tiny scale: what `make benchmark` checks first, where a change can break it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.catalogue import BENCHMARKS
+from benchmarks.harness import compare
+from benchmarks.scale import TINY
+from benchmarks.scaling import SERIES
+
+# Starts engines, or processes of its own.
+SLOW = {"evaluation", "packing"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("benchmarks")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in BENCHMARKS]
+)
+def test_all_forms_of_a_benchmark_compute_the_same(name: str, folder: Path) -> None:
+    benchmark = BENCHMARKS[name]
+    scale = benchmark.change(TINY)
+    works = {form.name: form.prepare(folder, scale) for form in benchmark.forms}
+    errors = compare(benchmark, works)
+    assert errors or all(form.equals is None for form in benchmark.forms)
+    floor = benchmark.floor(folder, scale)
+    assert floor.operations > 0 and floor.bytes > 0 and floor.tokens > 0
+
+
+def test_aims_and_series_name_forms_that_there_are() -> None:
+    for benchmark in BENCHMARKS.values():
+        names = [form.name for form in benchmark.forms]
+        assert len(names) == len(set(names)) and [form.role for form in benchmark.forms].count("ours") == 1
+        assert {aim.against for aim in benchmark.aims} <= set(names)
+        assert {form.equals for form in benchmark.forms} <= {*names, "", None}
+    for series in SERIES.values():
+        assert set(series.forms) <= {form.name for form in BENCHMARKS[series.benchmark].forms}
+        assert hasattr(TINY, series.size)

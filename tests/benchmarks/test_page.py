@@ -1,0 +1,128 @@
+"""The page says what the results files hold: ratios beside aims, what is missed and why, what is missing."""
+
+from __future__ import annotations
+
+import shutil
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from benchmarks.__main__ import chosen, keep
+from benchmarks.catalogue import BENCHMARKS
+from benchmarks.page import write_page
+from benchmarks.results import (
+    DIRECTORY,
+    BenchmarkResult,
+    CommandResult,
+    Device,
+    FormResult,
+    Point,
+    Results,
+    SeriesResult,
+    WorkflowResult,
+    read_results,
+)
+from stillhouse.runtime.errors import ConfigurationError
+
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+def device(kind: str = "cpu") -> Device:
+    name = "x86_64" if kind == "cpu" else "Fast GPU 3"
+    return Device(
+        kind=kind,  # type: ignore[arg-type]
+        name=name,
+        cores=2,
+        precision="fp32",
+        operations_per_second=1e9,
+        bytes_per_second=1e9,
+        versions={"torch": "2.13.0"},
+    )
+
+
+def results(kind: str = "cpu", naive_seconds: float = 12.0) -> Results:
+    """A training step that takes two seconds of which its floor is one."""
+    step = BenchmarkResult(
+        measured=NOW,
+        tokens=100,
+        tolerance=1e-4,
+        floor_operations=1e9,
+        floor_bytes=1e3,
+        forms=(
+            FormResult(name="naive", role="naive", seconds=(naive_seconds,) * 3, operations=14, peak_memory_mib=30),
+            FormResult(
+                name="cached targets", role="ours", seconds=(2.0,) * 3, operations=2, peak_memory_mib=10, error=1e-6
+            ),
+        ),
+    )
+    curves = {
+        name: tuple(Point(value=v, seconds=(factor * v**2,), peak_memory_mib=v) for v in (16, 32, 64))
+        for name, factor in (("naive", 5.0), ("cached targets", 1.0))
+    }
+    command = CommandResult(seconds=2.5, processor_seconds=2.0, peak_memory_mib=100, jobs=10)
+    sizes = tuple(
+        {name: command.model_copy(update={"jobs": jobs, "processor_seconds": jobs}) for name in ("dry run", "no-op")}
+        for jobs in (10, 100, 1000)
+    )
+    return Results(
+        device=device(kind),
+        benchmarks={"context_step": step},
+        series={"top_k": SeriesResult(measured=NOW, curves=curves)},
+        workflow=WorkflowResult(measured=NOW, default={"dry run": command, "no-op": command}, sizes=sizes),
+    )
+
+
+def page(folder: Path, *found: Results) -> str:
+    for one in found:
+        one.write(folder / "results")
+    write_page(folder / "results", folder / "README.md")
+    return (folder / "README.md").read_text()
+
+
+def test_a_ratio_stands_beside_its_aim_with_its_interval_and_floor(tmp_path: Path) -> None:
+    text = page(tmp_path, results())
+    assert "time at least 5 x" in text and "| 6.00 [6.00, 6.00] | 7.00 | 3.00 |" in text
+    assert "| 1e-06 (at most 1e-04) |" in text and "| 50 |" in text  # one second of floor in two
+    assert "every aim above is met" in text and "milliseconds" not in text
+    assert "no-op run under 3 s: met, 2.5 s" in text and "jobs^1.00" in text
+    for name in ("cpu-ratios", "cpu-growth"):
+        assert f"](results/{name}.png)" in text and (tmp_path / f"results/{name}.png").stat().st_size > 10_000
+
+
+def test_a_missed_aim_is_named_with_its_cause(tmp_path: Path) -> None:
+    text = page(tmp_path, results(naive_seconds=8.0))
+    assert f"against naive: time at least 5 x, measured 4.00. {BENCHMARKS['context_step'].shortfall}" in text
+
+
+def test_absolute_times_are_shown_of_gpus_and_their_absence_is_said(tmp_path: Path) -> None:
+    assert "figures of a GPU: none could be used" in page(tmp_path, results())
+    text = page(tmp_path, results("gpu"))
+    assert "## Fast GPU 3" in text and "| cached targets | 2000.0 | 50 | 10 |" in text
+    assert "figures of a GPU" not in text
+
+
+def test_what_was_not_measured_is_listed(tmp_path: Path) -> None:
+    text = page(tmp_path, results())
+    assert "not yet measured on cpu: " in text and "ms-swift" in text
+
+
+def test_a_new_result_replaces_its_own_entry_alone(tmp_path: Path) -> None:
+    before = results()
+    before.write(tmp_path)
+    keep(tmp_path, before.device, "benchmarks", "teacher_cache", before.benchmarks["context_step"])
+    [after] = read_results(tmp_path)
+    assert set(after.benchmarks) == {"context_step", "teacher_cache"}
+    assert after.model_copy(update={"benchmarks": before.benchmarks}) == before
+
+
+def test_a_name_that_there_is_not_is_refused_with_the_nearest() -> None:
+    with pytest.raises(ConfigurationError, match="there is no 'context_stop'; nearest: 'context_step'"):
+        chosen(("context_stop",), tuple(BENCHMARKS))
+    assert chosen((), ("a", "b")) == ("a", "b")
+
+
+def test_the_page_of_the_repository_is_made_from_its_results(tmp_path: Path) -> None:
+    shutil.copytree(DIRECTORY, tmp_path / "results")
+    write_page(tmp_path / "results", tmp_path / "README.md")
+    assert (tmp_path / "README.md").read_text() == (DIRECTORY.parent / "README.md").read_text()
