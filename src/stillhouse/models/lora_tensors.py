@@ -171,7 +171,7 @@ def write_adapter(adapter: AdapterTensors, directory: Path | str, base_model: st
     LoraConfig(
         task_type="CAUSAL_LM",
         r=layout.rank,
-        lora_alpha=int(layout.alpha) if layout.alpha == int(layout.alpha) else layout.alpha,  # type: ignore[arg-type]
+        lora_alpha=int(layout.alpha) if layout.alpha == int(layout.alpha) else layout.alpha,
         target_modules=list(layout.targets),
         base_model_name_or_path=base_model,
         inference_mode=True,
@@ -182,7 +182,7 @@ def write_adapter(adapter: AdapterTensors, directory: Path | str, base_model: st
 def model_layout(model: nn.Module, targets: Sequence[str], rank: int, alpha: float) -> LoraLayout:
     """The layout of an adapter on every linear module of `model` that `targets` name."""
     modules = [
-        ModuleShape(name, int(module.in_features), int(module.out_features))  # type: ignore[arg-type]
+        ModuleShape(name, int(module.in_features), int(module.out_features))
         for name, module in model.named_modules()
         if hasattr(module, "in_features") and _is_target(name, targets)
     ]

@@ -10,7 +10,7 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -118,7 +118,7 @@ def from_collection(
             if arm == "mean_adapter":
                 entries.append(Entry(subject, mean_folder, (), mean_seconds))
             elif arm == "nearest_adapter":
-                source, seconds = _timed(lambda case=case: _nearest(_direction(collection, case), embedded))
+                source, seconds = _timed(partial(_nearest, collection, case, embedded))
                 entries.append(Entry(subject, collection.directory / source, (), seconds, source))
             elif others := [row.name for row in rows if row.task != case.task]:
                 source = random.Random(f"{collection.seed}/{case.name}").choice(others)
@@ -133,7 +133,7 @@ def generated(
     entries = []
     for case in cases:
         texts = collection.offered(case)
-        adapter, seconds = _timed(lambda texts=texts: generator.generate(texts, collection.encoder))
+        adapter, seconds = _timed(partial(generator.generate, texts, collection.encoder))
         folder = collection.write(adapter, f"generated/{condition}/seed_{seed}/{case.task}/{case.shard}-{case.seed}")
         subject = _of(case, "generated", condition=condition, seed=seed, held_out=held_out)
         entries.append(Entry(subject, folder, (), seconds))
@@ -149,8 +149,9 @@ def _direction(collection: Collection, row: AdapterRow) -> Tensor:
     return collection.encoder.embed(collection.texts(row)).mean(dim=(0, 1))
 
 
-def _nearest(direction: Tensor, embedded: Mapping[str, Tensor]) -> str:
-    """The name whose direction has the largest cosine."""
+def _nearest(collection: Collection, case: AdapterRow, embedded: Mapping[str, Tensor]) -> str:
+    """The adapter whose prompts' direction has the largest cosine to the case's."""
+    direction = _direction(collection, case)
     names = sorted(embedded)
     cosines = cosine_similarity(torch.stack([embedded[name] for name in names]), direction[None], dim=1)
     return names[int(cosines.argmax())]

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -84,10 +85,13 @@ def load_evaluations(paths: Sequence[Path]) -> list[Results]:
 def rows_by_subject(items: pd.DataFrame) -> dict[Subject, pd.DataFrame]:
     """The rows of each subject, sorted by item."""
     columns = [field.name for field in fields(Subject)]
-    return {
-        Subject(*(None if pd.isna(value) else value for value in key)): rows.sort_values("item_id")
-        for key, rows in items.groupby(columns, dropna=False)
-    }
+    found = {}
+    for key, rows in items.groupby(columns, dropna=False):
+        values: dict[str, Any] = {
+            name: None if pd.isna(value) else value for name, value in zip(columns, key, strict=True)
+        }
+        found[Subject(**values)] = rows.sort_values("item_id")
+    return found
 
 
 def groups(evaluation: Results, condition: str | None = None) -> dict[str, list[str]]:
@@ -140,8 +144,10 @@ def values(evaluation: Results, tasks: Sequence[str], arm: Arm, column: str, con
             {(m.shard, m.teacher_seed) for m in results.measurements if m.task == task and m.shard is not None}
         )
         subjects = [
-            Subject(task, arm, *case, facts.condition if generated else None, seed if generated else None, held_out)
-            for case in (cases if arm != "base" else [(None, None)] * len(cases))
+            Subject(
+                task, arm, shard, teacher, facts.condition if generated else None, seed if generated else None, held_out
+            )
+            for shard, teacher in (cases if arm != "base" else [(None, None)] * len(cases))
             for seed in seeds
         ]
         parts.append(np.stack([evaluation.rows[subject][column].to_numpy(dtype=float) for subject in subjects]))
@@ -201,9 +207,9 @@ def compare(evaluation: Results, tasks: Sequence[str], arm: Arm, condition: str 
     p_value = mcnemar(own[0], other[0]).p_value if len(own) == 1 else paired.p_value
     # Never narrower than one replicate's interval: a few items that agree are no certainty.
     low, high = (rate.low, rate.high) if len(own) == 1 else (min(paired.low, rate.low), max(paired.high, rate.high))
-    nats = [values(evaluation, tasks, one, "gold_nll", condition) for one in ("generated", arm)]
+    own_nats, other_nats = (values(evaluation, tasks, one, "gold_nll", condition) for one in ("generated", arm))
     tokens = values(evaluation, tasks, arm, "gold_tokens", condition)[0]
-    nll = paired_difference_over_seeds(*nats, tokens)
+    nll = paired_difference_over_seeds(own_nats, other_nats, tokens)
     return Comparison(
         arm,
         Estimate(paired.difference, low, high, paired.n),

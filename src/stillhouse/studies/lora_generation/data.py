@@ -27,7 +27,7 @@ Item = ChoiceItem | MathProblem
 def read_items(path: Path, style: Style, limit: int | None = None) -> list[Item]:
     """The first items of a split; see `data.records` for the errors."""
     if style == "worked":
-        return [*read_records(path, MathProblem)][:limit]
+        return list[Item](read_records(path, MathProblem))[:limit]
     return [choice_item(question, style) for question in read_choice_questions(path)[:limit]]
 
 

@@ -69,9 +69,9 @@ class HyperConvolutionDecoder(nn.Module):
         super().__init__()
         grid = (tokeniser.tokens, tokeniser.settings.rows, tokeniser.settings.columns)
         shapes = [condition_shape, *((s.tokens, s.rows, s.columns) for s in settings.stages), grid]
-        stages = (HyperConvolution(before, after, settings.kernel) for before, after in pairwise(shapes))
+        stages = [HyperConvolution(before, after, settings.kernel) for before, after in pairwise(shapes)]
         self.stages = nn.Sequential(*stages)
-        _begin_small(self.stages[-1].tokens)
+        _begin_small(stages[-1].tokens)
 
     def forward(self, conditions: Tensor) -> Tensor:
         """Tokens [batch, tokens, rows, columns]."""

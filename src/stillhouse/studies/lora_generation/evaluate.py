@@ -177,8 +177,8 @@ class EvaluationJob:
         if "generated" in arms:
             for path, chosen in self.selections.items():
                 generator = load_generator(path / f"checkpoint-{chosen.step}")
-                held_out = "+".join(self.runs[path].held_out_tasks)
-                entries += generated(self.collection, cases, generator, chosen.condition, chosen.seed, held_out)
+                left_out = "+".join(self.runs[path].held_out_tasks)
+                entries += generated(self.collection, cases, generator, chosen.condition, chosen.seed, left_out)
         if "few_prompt_lora" in arms:
             entries += few_prompt_entries(
                 self.collection,

@@ -6,7 +6,6 @@ a generator that gives nothing, and the weights of terms mean the same for any m
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -77,7 +76,7 @@ class GeneratorObjective:
 
     def _weight_terms(
         self, model: Generator, adapter: AdapterTensors, batch: GeneratorBatch
-    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted loss [batch] on weights, and both distances by name."""
         delta_w = (squared_distance(adapter, batch.adapters) / self.sizes.weight).float()
         encode = model.tokeniser.encode

@@ -40,7 +40,8 @@ def draw_map(axes: Axes, one: Results, name: str) -> None:
     """One map."""
     for task, style in named_styles([task.task for task in one.results.tasks]).items():
         places = [getattr(point, name) for point in one.results.points if point.task == task]
-        axes.scatter(*zip(*places, strict=True), color=style.colour, marker=style.marker, s=34, label=task)
+        across, up = zip(*places, strict=True)
+        axes.scatter(across, up, color=style.colour, marker=style.marker, s=34, label=task)
     silhouette = getattr(one.results.clusters, name)
     axes.set_title(f"{one.results.model}: {MAPS[name]}\nsilhouette {format_estimate(silhouette, 2)}", fontsize=9)
     axes.xaxis.set_major_locator(MaxNLocator(5))
