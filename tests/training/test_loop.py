@@ -137,6 +137,9 @@ def test_a_plain_module_trains_and_is_saved(tiny_model: Path, tmp_path: Path) ->
             self.language_model = load_model(tiny_model, "fp32", "cpu").requires_grad_(False)
             self.bias = nn.Parameter(torch.zeros(1))
 
+        def get_output_embeddings(self) -> nn.Module:
+            return self.language_model.get_output_embeddings()
+
         def forward(self, **inputs: Any) -> Any:
             output = self.language_model(**inputs)
             output.logits = output.logits * (1 + self.bias)

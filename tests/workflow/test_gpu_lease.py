@@ -207,8 +207,8 @@ def test_a_device_that_a_foreign_process_occupies_is_skipped_above_the_threshold
 
 
 def test_a_job_that_waits_gets_its_devices_when_they_are_free(machine):
-    job = machine.hold("1", "--", "sleep", "0.3", gpus="GPU-a")
-    status, out, error = machine.run("1", "--timeout", "10", "--", *SHOW, gpus="GPU-a")
+    job = machine.hold("1", "--", "sleep", "3", gpus="GPU-a")
+    status, out, error = machine.run("1", "--timeout", "60", "--", *SHOW, gpus="GPU-a")
     assert (status, out) == (0, "GPU-a")
     assert "waiting for 1 GPU" in error and "leased GPU-a" in error
     end(job)

@@ -72,8 +72,10 @@ class DeltaCache:
             probes = ProbeSettings.model_validate(manifest["probes"])
         except (KeyError, ValidationError):
             raise UserError(f"{directory / MANIFEST}: describes no delta activations: make them again") from None
-        deltas = {key: torch.from_numpy(numpy.load(directory / file)) for key, file in files.items()}
-        return cls(directory, model_digest, probes, torch.from_numpy(numpy.load(directory / BASE_FILE)), deltas)
+        base, *deltas = (
+            torch.from_numpy(numpy.load(directory / file, allow_pickle=False)) for file in (BASE_FILE, *files.values())
+        )
+        return cls(directory, model_digest, probes, base, dict(zip(files, deltas, strict=True)))
 
     def of(self, digests: Sequence[str]) -> Tensor:
         """The delta activations [adapters, hidden] of adapters by digest; `UserError` for one that is not there."""

@@ -51,7 +51,7 @@ class PromptEncoder:
             content = io.BytesIO()
             numpy.save(content, torch.cat(parts).numpy())
             atomic_write_bytes(file, content.getvalue())
-        return torch.from_numpy(numpy.load(file))
+        return torch.from_numpy(numpy.load(file, allow_pickle=False))
 
     def _starts(self, count: int) -> range:
         if not count:
