@@ -18,8 +18,7 @@ from stillhouse.evaluation.statistics import (
     wilson_interval,
 )
 
-RANDOM = np.random.default_rng(0)
-SKEWED = RANDOM.exponential(size=60)
+SKEWED = np.random.default_rng(0).exponential(size=60)
 
 
 def test_the_bootstrap_of_a_mean_agrees_with_scipy() -> None:
@@ -31,8 +30,9 @@ def test_the_bootstrap_of_a_mean_agrees_with_scipy() -> None:
 
 
 def test_the_bootstrap_of_a_ratio_agrees_with_scipy() -> None:
-    tokens = RANDOM.integers(20, 200, size=50).astype(float)
-    nats = tokens * RANDOM.normal(1.2, 0.2, size=50)
+    random = np.random.default_rng(0)
+    tokens = random.integers(20, 200, size=50).astype(float)
+    nats = tokens * random.normal(1.2, 0.2, size=50)
     ours = bootstrap_ratio_interval(nats, tokens)
     theirs = stats.bootstrap(
         (nats, tokens),
@@ -55,7 +55,8 @@ def test_a_seed_fixes_the_interval_and_chunking_does_not_change_it(monkeypatch: 
 
 
 def test_a_bootstrap_interval_covers_the_true_mean_about_as_often_as_it_says() -> None:
-    samples = RANDOM.normal(loc=2.0, size=(300, 40))
+    random = np.random.default_rng(0)
+    samples = random.normal(loc=2.0, size=(300, 40))
     intervals = [bootstrap_mean_interval(sample, resamples=400) for sample in samples]
     covered = np.mean([interval.low <= 2.0 <= interval.high for interval in intervals])
     assert 0.89 <= covered <= 0.98
@@ -82,8 +83,9 @@ def test_mcnemar_without_discordant_items_finds_no_difference() -> None:
 
 
 def test_a_paired_comparison_sees_what_unpaired_intervals_hide() -> None:
-    difficulty = RANDOM.normal(scale=3.0, size=80)
-    a, b = difficulty + RANDOM.normal(0.3, 0.2, size=80), difficulty
+    random = np.random.default_rng(0)
+    difficulty = random.normal(scale=3.0, size=80)
+    a, b = difficulty + random.normal(0.3, 0.2, size=80), difficulty
     comparison = paired_bootstrap(a, b)
     assert comparison.difference == pytest.approx((a - b).mean())
     assert comparison.low > 0 and comparison.p_value < 0.001
@@ -92,15 +94,17 @@ def test_a_paired_comparison_sees_what_unpaired_intervals_hide() -> None:
 
 
 def test_the_paired_p_is_uniform_enough_when_nothing_differs() -> None:
+    random = np.random.default_rng(0)
     p_values = [
-        paired_bootstrap(RANDOM.normal(size=40), RANDOM.normal(size=40), resamples=300).p_value for _ in range(300)
+        paired_bootstrap(random.normal(size=40), random.normal(size=40), resamples=300).p_value for _ in range(300)
     ]
     assert 0.02 <= np.mean(np.array(p_values) < 0.05) <= 0.10
 
 
 def test_a_paired_ratio_takes_each_items_tokens_along() -> None:
-    tokens = RANDOM.integers(20, 200, size=50)
-    nats = tokens * RANDOM.normal(1.2, 0.3, size=50)
+    random = np.random.default_rng(0)
+    tokens = random.integers(20, 200, size=50)
+    nats = tokens * random.normal(1.2, 0.3, size=50)
     comparison = paired_bootstrap_ratio(nats + 0.05 * tokens, tokens, nats, tokens)
     assert comparison.difference == pytest.approx(0.05)
     assert (comparison.low, comparison.high) == pytest.approx((0.05, 0.05))
@@ -117,19 +121,21 @@ def test_equal_values_give_an_interval_of_no_width() -> None:
 
 
 def test_one_seed_gives_the_items_bootstrap_and_more_seeds_widen_it() -> None:
-    items = RANDOM.normal(0.2, 1.0, size=100)
+    random = np.random.default_rng(0)
+    items = random.normal(0.2, 1.0, size=100)
     single = paired_difference_over_seeds(items, np.zeros(100))
     flat = paired_bootstrap(items, np.zeros(100))
     assert (single.low, single.high) == pytest.approx((flat.low, flat.high), abs=0.02)
-    seeds = items + RANDOM.normal(scale=0.5, size=(4, 1))
+    seeds = items + random.normal(scale=0.5, size=(4, 1))
     several = paired_difference_over_seeds(seeds, np.zeros((4, 100)))
     assert several.difference == pytest.approx(seeds.mean())
     assert several.high - several.low > 1.5 * (single.high - single.low)
 
 
 def test_seeds_and_tokens_combine_to_a_difference_per_token() -> None:
-    tokens = RANDOM.integers(20, 200, size=30)
-    nats = tokens * RANDOM.normal(1.2, 0.3, size=(2, 30))
+    random = np.random.default_rng(0)
+    tokens = random.integers(20, 200, size=30)
+    nats = tokens * random.normal(1.2, 0.3, size=(2, 30))
     comparison = paired_difference_over_seeds(nats + 0.1 * tokens, nats, tokens)
     assert (comparison.difference, comparison.low, comparison.high) == pytest.approx((0.1, 0.1, 0.1))
 
