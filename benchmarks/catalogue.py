@@ -10,6 +10,7 @@ from benchmarks.fake_quantization import FAKE_QUANTISATION
 from benchmarks.gkd_step import OFF_POLICY, ON_POLICY
 from benchmarks.harness import Benchmark
 from benchmarks.latentwire import CACHED_STEP
+from benchmarks.lora_generation import DELTAS, TEACHER_BATCH
 from benchmarks.packing import INVARIANCE
 from benchmarks.teacher_cache import FIXED_SHOTS
 
@@ -25,6 +26,8 @@ BENCHMARKS: dict[str, Benchmark] = {
         *DECODERS,
         EXTRACTION,
         CACHED_STEP,
+        DELTAS,
+        TEACHER_BATCH,
         CHECKPOINTS,
         INVARIANCE,
     )

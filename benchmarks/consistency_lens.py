@@ -56,13 +56,15 @@ def cached(folder: Path, scale: Scale) -> Work:
 
 
 def floor(folder: Path, scale: Scale) -> Floor:
-    """Prompt and text once, forward and backward, the last token only written; the vocabulary three times a token:
-    the lm_head in both directions, and the gradient of the soft token's embedding, whose value is a look-up.
+    """The prompt before the activation once for all, then each text alone, the last token only written, forward and
+    backward; the vocabulary three times a token: the lm_head in both directions, and the gradient of the soft token's
+    embedding, whose value is a look-up.
     """
     lens, _ = lens_and_activations(folder, scale)
-    read = len(lens.decoder.prompt) + scale.text_length
+    shared, own = lens.decoder.place, len(lens.decoder.prompt) - lens.decoder.place + scale.text_length
     rows = scale.batch * scale.text_length
-    layers = scale.operations(scale.batch * read, scale.batch * read * (read + 1) / 2, 0)
+    pairs = shared**2 / 2 + scale.batch * (own * shared + own**2 / 2)
+    layers = scale.operations(shared + scale.batch * own, pairs, 0)
     return Floor(2 * layers + scale.operations(0, 0, 3 * rows), 2 * scale.text_length * scale.weight_bytes, rows)
 
 
@@ -74,8 +76,8 @@ def decoder(length: int, at_least: float | None) -> Benchmark:
         forms=(Form("no cache", "naive", uncached), Form("differentiable cache", "ours", cached)),
         aims=() if at_least is None else (Aim("no cache", "time", at_least),),
         floor=floor,
-        floor_formula="2 x forward(batch x (prompt + T) tokens) + 3 vocabulary products a token; the weights are read "
-        "once a token in each direction",
+        floor_formula="2 x forward(the prompt's start + batch x (its end + T) tokens) + 3 vocabulary products a token; "
+        "the weights are read once a token in each direction",
         remains="One token of each text at a time: small products, T passes through every layer, one after another.",
         change=lambda scale: replace(scale, text_length=length),
     )
