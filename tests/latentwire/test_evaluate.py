@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -67,6 +68,12 @@ def evaluate(project: Path, output: Path, **changes: object) -> Evaluation:
     return load_evaluation(output / "results.json")
 
 
+def of(evaluation: Evaluation, **subject: str) -> pd.DataFrame:
+    """The rows in which these columns have these values, by subject and item."""
+    rows = evaluation.items.sort_values([*evaluation.subject, "item_id"])
+    return rows[np.logical_and.reduce([rows[name] == value for name, value in subject.items()])]
+
+
 @pytest.fixture(scope="module")
 def evaluation(project: Path) -> Evaluation:
     return evaluate(project, project / "evaluation")
@@ -85,7 +92,7 @@ def test_every_arm_is_measured_for_every_reader_that_can_take_it(evaluation: Eva
 
 def test_the_answers_are_scored_against_all_gold_answers(project: Path, evaluation: Evaluation) -> None:
     examples = {one.id: one for one in read_examples(project / "data" / "test.jsonl").examples}
-    rows = evaluation.items.reset_index()
+    rows = evaluation.items
     rows = rows[rows["output"].notna() & (rows["split"] == "test") & (rows["reader"] != "agreement")]
     assert len(rows) > 100
     for row in rows.itertuples():
@@ -103,20 +110,20 @@ def test_bytes_are_those_of_the_real_wire_files_and_budgets_keep_to_them(project
             assert len(files) == 4 and unpack(files[0].read_bytes()).shape == (length, 8)
             expected = message_bytes(length, 8, WireFormat(kind))
             assert {file.stat().st_size for file in files} == {expected}
-            rows = evaluation.items.xs((condition, kind), level=("condition", "wire")).dropna(subset=["gold_nll"])
+            rows = of(evaluation, condition=condition, wire=kind).dropna(subset=["gold_nll"])
             assert set(rows["bytes"]) == {expected} and set(rows["prompt_tokens"]) == {length}
             sizes.add(expected)
     budgets = {one.budget for one in evaluation.results.measurements if one.arm == "byte_budget_compressed"}
     assert budgets == sizes
     for arm in ("byte_budget_cut", "byte_budget_compressed"):
-        rows = evaluation.items.xs(arm, level="arm").reset_index()
+        rows = of(evaluation, arm=arm)
         assert (rows["bytes"] <= rows["budget"]).all()
 
 
 def test_replaying_the_embeddings_of_a_text_gives_what_the_text_gives(evaluation: Evaluation) -> None:
     for reader, text in (("llama", None), ("gemma", "full_text")):
         for replay in ("replay_raw", *(["replay_anchor"] if text else [])):
-            one, two = (evaluation.items.xs((arm, reader), level=("arm", "reader")) for arm in ("full_text", replay))
+            one, two = (of(evaluation, arm=arm, reader=reader) for arm in ("full_text", replay))
             assert list(one["output"]) == list(two["output"])
             assert one["gold_nll"].to_numpy() == pytest.approx(two["gold_nll"].to_numpy(), rel=1e-5)
 
@@ -138,7 +145,7 @@ def test_the_checkpoint_is_chosen_on_validation_and_the_test_split_sees_no_other
 
 
 def test_oracle_is_never_below_a_reader_and_joint_takes_one_of_their_answers(evaluation: Evaluation) -> None:
-    rows = evaluation.items.reset_index()
+    rows = evaluation.items
     rows = rows[(rows["arm"] == "full_text")].set_index("item_id")
     by_reader = {reader: rows[rows["reader"] == reader] for reader in (*FAMILIES, *COMBINED)}
     for item in by_reader["llama"].index:
@@ -175,4 +182,4 @@ def test_each_way_of_choosing_a_checkpoint_works(project: Path, tmp_path: Path, 
         assert {one.step for one in found.results.selections} == {2}
     else:
         assert all(one.f1 is not None for one in candidates)
-    assert not pd.Index(found.items.index).duplicated().any()
+    assert not found.items.duplicated([*found.subject, "item_id"]).any()

@@ -127,7 +127,7 @@ def test_estimates_and_differences_are_those_of_the_items(results: Path) -> None
     assert latent
     text = rival(evaluation, "byte_budget_cut", latent)
     assert text
-    rows = [evaluation.items.loc[(*one.first.subject.key, "test")] for one in (latent, text)]
+    rows = [evaluation.rows[*one.first.subject.key, "test"].set_index("item_id") for one in (latent, text)]
     found = estimate(evaluation, latent, F1)
     assert found and found.value == pytest.approx(rows[0]["f1"].mean()) and found.n == 40
     difference = compare(evaluation, latent, text, F1)

@@ -69,7 +69,7 @@ def test_a_teacher_alone_makes_a_section_without_findings(tmp_path: Path) -> Non
 
 def test_perplexity_is_the_exponential_of_nats_per_token(results: Path, evaluation: QuantizedEvaluation) -> None:
     nll = text_measures(evaluation)[0]
-    rows = evaluation.items.loc[("ptq", 0, "deployed", "text", "wikipedia")]
+    rows = evaluation.rows["ptq", 0, "deployed", "text", "wikipedia"]
     found = estimate(evaluation, "ptq", nll)
     assert found is not None and found.value == pytest.approx(rows["nll"].sum() / rows["tokens"].sum())
     assert found.low < found.value < found.high

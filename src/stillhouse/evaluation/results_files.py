@@ -7,7 +7,8 @@ they hold is the study's `results.py`. No torch here.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, Self, TypeVar
 
@@ -45,19 +46,22 @@ class Selection(StrictModel):
     step: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Evaluation(Generic[Results]):
-    """Results with the per-item rows behind them."""
+    """Results with the per-item rows behind them. subject: the columns that say what was scored, and on what."""
 
     results: Results
     items: pd.DataFrame
+    subject: tuple[str, ...]
 
-    def indexed(self, columns: Sequence[str]) -> Self:
-        """The same with its rows indexed and sorted by `columns`."""
-        return replace(self, items=self.items.set_index(list(columns)).sort_index())
+    @cached_property
+    def rows(self) -> Mapping[tuple[Any, ...], pd.DataFrame]:
+        """The rows of each subject in the order of item ids, by its values of the columns, None for no value."""
+        groups = self.items.sort_values("item_id").groupby(list(self.subject), dropna=False, sort=False)
+        return {tuple(None if pd.isna(value) else value for value in key): rows for key, rows in groups}
 
 
-def load_evaluation(kind: type[Results], results: Path) -> Evaluation[Results]:
+def load_evaluation(kind: type[Results], results: Path, subject: Sequence[str]) -> Evaluation[Results]:
     """Read `results.json` and the `items.parquet` beside it; a missing or damaged file is a `UserError`."""
     try:
         read = kind.model_validate(read_json(results))
@@ -70,7 +74,7 @@ def load_evaluation(kind: type[Results], results: Path) -> Evaluation[Results]:
         items = pd.read_parquet(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}): delete it and run again") from None
-    return Evaluation(read, items)
+    return Evaluation(read, items, tuple(subject))
 
 
 def typed(items: pd.DataFrame, columns: Mapping[str, str]) -> pd.DataFrame:

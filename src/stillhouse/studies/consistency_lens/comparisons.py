@@ -79,10 +79,10 @@ class Subject:
     def values(self, variant: str, column: str) -> Floats:
         """A column of a variant, [seeds, items], items in the order of their ids."""
         rows = [
-            self.evaluation.items.loc[(self.condition, one.seed, one.step, one.split, variant), column]
+            self.evaluation.rows[self.condition, one.seed, one.step, one.split, variant][column]
             for one in self.measurements
         ]
-        return np.stack([row.sort_index().to_numpy(dtype=float) for row in rows])
+        return np.stack([row.to_numpy(dtype=float) for row in rows])
 
 
 @dataclass(frozen=True)
@@ -105,9 +105,8 @@ class Comparison:
 
 
 def load_evaluations(results: Sequence[Path]) -> list[Evaluation]:
-    """The evaluation behind each `results.json`, its items indexed; `UserError` names a damaged file."""
-    index = ["condition", "seed", "step", "split", "variant", "item_id"]
-    return [load_evaluation(path).indexed(index) for path in results]
+    """The evaluation behind each `results.json`; `UserError` names a damaged file."""
+    return [load_evaluation(path) for path in results]
 
 
 def subjects(evaluations: Sequence[Evaluation]) -> list[Subject]:

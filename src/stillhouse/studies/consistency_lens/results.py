@@ -144,7 +144,7 @@ Evaluation = results_files.Evaluation[ModelResults]
 
 def load_evaluation(results: Path) -> Evaluation:
     """Read a model's `results.json` and the rows beside it; a missing or damaged file is a `UserError`."""
-    return results_files.load_evaluation(ModelResults, results)
+    return results_files.load_evaluation(ModelResults, results, SUBJECT_COLUMNS)
 
 
 def measure(items: pd.DataFrame) -> list[Measurement]:

@@ -25,7 +25,6 @@ from stillhouse.studies.context_distillation.results import Evaluation, Measurem
 
 BASELINE = "baseline"
 METHOD = "online_v1"
-ITEM_INDEX = ["condition", "seed", "step", "shots", "split"]
 Floats = NDArray[np.float64]
 
 
@@ -113,11 +112,8 @@ class Comparison:
 
 
 def load_evaluations(results: Sequence[Path]) -> list[Evaluation]:
-    """The evaluation behind each `results.json`, its items indexed by subject and split.
-
-    Raises `UserError` that names a missing or damaged file.
-    """
-    return [load_evaluation(path).indexed([*ITEM_INDEX, "item_id"]) for path in results]
+    """The evaluation behind each `results.json`; `UserError` names a missing or damaged file."""
+    return [load_evaluation(path) for path in results]
 
 
 def headline(evaluation: Evaluation, split: str = "test") -> list[Subject]:
@@ -207,7 +203,9 @@ def sample_note(evaluations: Sequence[Evaluation], dots: bool = True) -> str:
 def _values(evaluation: Evaluation, subject: Subject, measure: Measure) -> tuple[Floats, Floats]:
     """Per-item values, [seeds, items] in the order of item ids, and each item's units (tokens or one), [items]."""
     rows = [
-        evaluation.items.loc[tuple(getattr(measurement, name) for name in ITEM_INDEX)].dropna(subset=[measure.column])
+        evaluation.rows[tuple(getattr(measurement, name) for name in evaluation.subject)].dropna(
+            subset=[measure.column]
+        )
         for measurement in subject.measurements
     ]
     values = np.stack([frame[measure.column].to_numpy(dtype=float) for frame in rows])

@@ -109,7 +109,7 @@ def transfer_split(dataset: str) -> str:
 
 def load_evaluation(results: Path) -> Evaluation:
     """Read a model's `results.json` and the rows beside it; a missing or damaged file is a `UserError`."""
-    return results_files.load_evaluation(ModelResults, results)
+    return results_files.load_evaluation(ModelResults, results, [*SUBJECT_COLUMNS, "split"])
 
 
 def measure(items: pd.DataFrame) -> list[Measurement]:

@@ -7,7 +7,7 @@ evaluation chose, and every comparison is paired on the same items.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -242,8 +242,7 @@ def _values(evaluation: Evaluation, entry: Entry, measure: Measure) -> tuple[Flo
     """Per-item values, [seeds, items] in the order of item ids, and each item's units (tokens or one), [items]."""
     rows = []
     for one in entry.measurements:
-        subject = replace(one.subject)
-        rows.append(evaluation.items.loc[(*subject.key, one.split)].dropna(subset=[measure.column]))
+        rows.append(evaluation.rows[*one.subject.key, one.split].dropna(subset=[measure.column]))
     if any(frame.empty for frame in rows):
         return None
     values = np.stack([frame[measure.column].to_numpy(dtype=float) for frame in rows])

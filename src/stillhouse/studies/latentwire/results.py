@@ -175,8 +175,8 @@ Evaluation = results_files.Evaluation[PairResults]
 
 
 def load_evaluation(results: Path) -> Evaluation:
-    """Read a pair's `results.json` and its rows, indexed by subject, split and item; damage is a `UserError`."""
-    return results_files.load_evaluation(PairResults, results).indexed([*SUBJECT_COLUMNS, "split", "item_id"])
+    """Read a pair's `results.json` and its rows, by subject and split; damage is a `UserError`."""
+    return results_files.load_evaluation(PairResults, results, [*SUBJECT_COLUMNS, "split"])
 
 
 def measure(items: pd.DataFrame) -> list[Measurement]:

@@ -7,16 +7,13 @@ on the same replicates and items.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 
-from stillhouse.evaluation.results_files import load_evaluation
 from stillhouse.evaluation.statistics import (
     Estimate,
     bootstrap_mean_interval,
@@ -27,7 +24,7 @@ from stillhouse.evaluation.statistics import (
     wilson_interval,
 )
 from stillhouse.studies.lora_generation.config import ARMS, Arm
-from stillhouse.studies.lora_generation.results import OF_COLLECTION, Measurement, ModelResults, Subject
+from stillhouse.studies.lora_generation.results import OF_COLLECTION, Evaluation, Measurement, Subject, load_evaluation
 
 Floats = NDArray[np.float64]
 LABELS: dict[Arm, str] = {
@@ -68,33 +65,12 @@ class Comparison:
         return "worse" if self.gold_nll.low > 0 else "undecided"
 
 
-@dataclass(frozen=True, eq=False)
-class Results:
-    """An evaluation, its rows by subject and in the order of the items."""
-
-    results: ModelResults
-    rows: Mapping[Subject, pd.DataFrame]
-
-
-def load_evaluations(paths: Sequence[Path]) -> list[Results]:
+def load_evaluations(results: Sequence[Path]) -> list[Evaluation]:
     """The evaluation behind each `results.json`; `UserError` names a damaged file."""
-    evaluations = [load_evaluation(ModelResults, path) for path in paths]
-    return [Results(one.results, rows_by_subject(one.items)) for one in evaluations]
+    return [load_evaluation(path) for path in results]
 
 
-def rows_by_subject(items: pd.DataFrame) -> dict[Subject, pd.DataFrame]:
-    """The rows of each subject, sorted by item."""
-    columns = [field.name for field in fields(Subject)]
-    found = {}
-    for key, rows in items.groupby(columns, dropna=False):
-        values: dict[str, Any] = {
-            name: None if pd.isna(value) else value for name, value in zip(columns, key, strict=True)
-        }
-        found[Subject(**values)] = rows.sort_values("item_id")
-    return found
-
-
-def groups(evaluation: Results, condition: str | None = None) -> dict[str, list[str]]:
+def groups(evaluation: Evaluation, condition: str | None = None) -> dict[str, list[str]]:
     """The tasks by what they are to a condition's generators (the headline's by default); empty groups are left out."""
     results = evaluation.results
     unseen = results.generator(condition or results.condition).held_out.split("+")
@@ -106,18 +82,18 @@ def groups(evaluation: Results, condition: str | None = None) -> dict[str, list[
     return {group: members for group, members in found.items() if members}
 
 
-def arms(evaluation: Results, tasks: Sequence[str]) -> list[Arm]:
+def arms(evaluation: Evaluation, tasks: Sequence[str]) -> list[Arm]:
     """The arms that were scored on each of the tasks, in their order."""
     scored = {(one.task, one.arm) for one in evaluation.results.measurements}
     return [arm for arm in ARMS if all((task, arm) in scored for task in tasks)]
 
 
-def names(evaluation: Results) -> list[str]:
+def names(evaluation: Evaluation) -> list[str]:
     """All tasks."""
     return [task.task for task in evaluation.results.tasks]
 
 
-def measurements(evaluation: Results, task: str, arm: Arm, condition: str | None = None) -> list[Measurement]:
+def measurements(evaluation: Evaluation, task: str, arm: Arm, condition: str | None = None) -> list[Measurement]:
     """An arm's measurements on a task: of the condition's generators, or beside what those learn from."""
     results = evaluation.results
     condition = condition or results.condition
@@ -131,7 +107,7 @@ def measurements(evaluation: Results, task: str, arm: Arm, condition: str | None
     ]
 
 
-def values(evaluation: Results, tasks: Sequence[str], arm: Arm, column: str, condition: str | None = None) -> Floats:
+def values(evaluation: Evaluation, tasks: Sequence[str], arm: Arm, column: str, condition: str | None = None) -> Floats:
     """A column of an arm, [replicates, items of all tasks]; arms without a generator repeat over its seeds."""
     results = evaluation.results
     facts = results.generator(condition or results.condition)
@@ -150,11 +126,13 @@ def values(evaluation: Results, tasks: Sequence[str], arm: Arm, column: str, con
             for shard, teacher in (cases if arm != "base" else [(None, None)] * len(cases))
             for seed in seeds
         ]
-        parts.append(np.stack([evaluation.rows[subject][column].to_numpy(dtype=float) for subject in subjects]))
+        parts.append(
+            np.stack([evaluation.rows[astuple(subject)][column].to_numpy(dtype=float) for subject in subjects])
+        )
     return np.concatenate(parts, axis=1)
 
 
-def accuracy(evaluation: Results, tasks: Sequence[str], arm: Arm, condition: str | None = None) -> Estimate:
+def accuracy(evaluation: Evaluation, tasks: Sequence[str], arm: Arm, condition: str | None = None) -> Estimate:
     """The share of right answers; never narrower than Wilson's interval of one replicate."""
     found = values(evaluation, tasks, arm, "correct", condition)
     one = wilson_interval(round(found.mean(axis=0).sum()), found.shape[1])
@@ -164,7 +142,7 @@ def accuracy(evaluation: Results, tasks: Sequence[str], arm: Arm, condition: str
     return Estimate(both.difference, min(both.low, one.low), max(both.high, one.high), both.n)
 
 
-def gold_nll(evaluation: Results, tasks: Sequence[str], arm: Arm, condition: str | None = None) -> Estimate:
+def gold_nll(evaluation: Evaluation, tasks: Sequence[str], arm: Arm, condition: str | None = None) -> Estimate:
     """Nats per token of the right answers."""
     nats = values(evaluation, tasks, arm, "gold_nll", condition)
     tokens = values(evaluation, tasks, arm, "gold_tokens", condition)[0]
@@ -175,7 +153,7 @@ def gold_nll(evaluation: Results, tasks: Sequence[str], arm: Arm, condition: str
 
 
 def closeness(
-    evaluation: Results, tasks: Sequence[str], arm: Arm, name: str, condition: str | None = None
+    evaluation: Evaluation, tasks: Sequence[str], arm: Arm, name: str, condition: str | None = None
 ) -> Estimate | None:
     """Cosine, norm ratio or relative error: mean over cases and seeds; None where the arm has no adapter."""
     found = [
@@ -187,7 +165,7 @@ def closeness(
     return bootstrap_mean_interval(found) if found else None
 
 
-def seconds(evaluation: Results, tasks: Sequence[str], arm: Arm, condition: str | None = None) -> float | None:
+def seconds(evaluation: Evaluation, tasks: Sequence[str], arm: Arm, condition: str | None = None) -> float | None:
     """Mean seconds to make an adapter."""
     found = [
         one.seconds
@@ -198,7 +176,7 @@ def seconds(evaluation: Results, tasks: Sequence[str], arm: Arm, condition: str 
     return float(np.mean(found)) if found else None
 
 
-def compare(evaluation: Results, tasks: Sequence[str], arm: Arm, condition: str | None = None) -> Comparison:
+def compare(evaluation: Evaluation, tasks: Sequence[str], arm: Arm, condition: str | None = None) -> Comparison:
     """The generated arm minus another one on the same replicates and items."""
     own, other = (values(evaluation, tasks, one, "correct", condition) for one in ("generated", arm))
     paired = paired_difference_over_seeds(own, other)
@@ -219,7 +197,7 @@ def compare(evaluation: Results, tasks: Sequence[str], arm: Arm, condition: str 
     )
 
 
-def sample_note(evaluations: Sequence[Results]) -> str:
+def sample_note(evaluations: Sequence[Evaluation]) -> str:
     """The n, the cases and the meaning of the intervals, for a figure's last line."""
     results = evaluations[0].results
     counts = sorted({task.items for task in results.tasks})

@@ -14,7 +14,6 @@ from stillhouse.runtime.commands import run_step
 from stillhouse.runtime.files import atomic_write_text, staged_directory
 from stillhouse.studies.lora_generation.comparisons import (
     GROUPS,
-    Results,
     arms,
     closeness,
     compare,
@@ -24,6 +23,7 @@ from stillhouse.studies.lora_generation.comparisons import (
     seconds,
 )
 from stillhouse.studies.lora_generation.config import Arm
+from stillhouse.studies.lora_generation.results import Evaluation
 from stillhouse.studies.lora_generation.tables import all_tables
 
 FIGURES = {
@@ -71,7 +71,7 @@ def main(step: ReportStep) -> None:
     atomic_write_text(step.section, section(evaluations, tables))
 
 
-def section(evaluations: Sequence[Results], tables: Sequence[Table]) -> str:
+def section(evaluations: Sequence[Evaluation], tables: Sequence[Table]) -> str:
     """The study's section in Markdown."""
     shown = {table.name: table.to_markdown() for table in tables}
     links = "\n".join(f"![{text}](figures/lora_generation/{name}.png)\n" for name, text in FIGURES.items())
@@ -96,7 +96,7 @@ def section(evaluations: Sequence[Results], tables: Sequence[Table]) -> str:
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
 
 
-def findings(one: Results) -> Iterator[str]:
+def findings(one: Evaluation) -> Iterator[str]:
     """What the generated adapters are worth beside retrieval and training, by group; and whether behaviour helps."""
     name = f"`{one.results.model}`"
     if "generated" not in arms(one, names(one)):
@@ -124,7 +124,7 @@ def findings(one: Results) -> Iterator[str]:
     yield from behaviour(one)
 
 
-def beside_retrieval(one: Results, tasks: Sequence[str], condition: str | None = None) -> str:
+def beside_retrieval(one: Evaluation, tasks: Sequence[str], condition: str | None = None) -> str:
     """Whether a condition's generated adapters beat retrieval, with both differences."""
     found = compare(one, tasks, "nearest_adapter", condition)
     return (
@@ -134,7 +134,7 @@ def beside_retrieval(one: Results, tasks: Sequence[str], condition: str | None =
     )
 
 
-def other_conditions(one: Results) -> Iterator[str]:
+def other_conditions(one: Evaluation) -> Iterator[str]:
     """What the generators of the other conditions are worth beside retrieval."""
     for facts in one.results.generators:
         for group, tasks in groups(one, facts.condition).items():
@@ -143,7 +143,7 @@ def other_conditions(one: Results) -> Iterator[str]:
                 yield f"{where}: {beside_retrieval(one, tasks, facts.condition)}"
 
 
-def behaviour(one: Results) -> Iterator[str]:
+def behaviour(one: Evaluation) -> Iterator[str]:
     """Generators that are led by delta activations beside those that are led by weights alone."""
     generators = one.results.generators
     alone = [facts.condition for facts in generators if not facts.delta]
@@ -160,7 +160,7 @@ def behaviour(one: Results) -> Iterator[str]:
             yield f"`{one.results.model}`, {GROUPS[group]}: cosine to the teacher's delta activation: {shown}."
 
 
-def notes(one: Results) -> Iterator[str]:
+def notes(one: Evaluation) -> Iterator[str]:
     """What was used, and what became of every adapter."""
     results = one.results
     flagged = [row.name for row in results.adapters if row.flagged]
@@ -182,7 +182,7 @@ def notes(one: Results) -> Iterator[str]:
     )
 
 
-def _beside(one: Results, tasks: Sequence[str]) -> str:
+def _beside(one: Evaluation, tasks: Sequence[str]) -> str:
     """What the alternatives with training cost."""
     found = {words: seconds(one, tasks, arm) for arm, words in COSTS.items() if arm in arms(one, tasks)}
     return "".join(f", {words} {cost:.1f} s" for words, cost in found.items() if cost is not None)

@@ -6,11 +6,13 @@ Stands between `evaluate`, which writes both, and `report` and `figures`, which 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 
 import pandas as pd
 
 from stillhouse.config.base import StrictModel
+from stillhouse.evaluation import results_files
 from stillhouse.evaluation.results_files import Interval, Selection
 from stillhouse.evaluation.statistics import bootstrap_ratio_interval, wilson_interval
 from stillhouse.studies.lora_generation.config import Arm
@@ -151,6 +153,14 @@ class ModelResults(StrictModel):
     def generator(self, condition: str) -> GeneratorFacts:
         """The facts of a condition."""
         return next(one for one in self.generators if one.condition == condition)
+
+
+Evaluation = results_files.Evaluation[ModelResults]
+
+
+def load_evaluation(results: Path) -> Evaluation:
+    """Read a model's `results.json` and the rows beside it; a missing or damaged file is a `UserError`."""
+    return results_files.load_evaluation(ModelResults, results, [field.name for field in fields(Subject)])
 
 
 def measured(rows: pd.DataFrame) -> tuple[Interval, Interval]:

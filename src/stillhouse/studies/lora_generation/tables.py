@@ -9,7 +9,6 @@ from stillhouse.reporting.tables import Cell, Column, Table
 from stillhouse.studies.lora_generation.comparisons import (
     GROUPS,
     LABELS,
-    Results,
     accuracy,
     arms,
     closeness,
@@ -20,6 +19,7 @@ from stillhouse.studies.lora_generation.comparisons import (
     seconds,
 )
 from stillhouse.studies.lora_generation.config import Arm
+from stillhouse.studies.lora_generation.results import Evaluation
 
 CLOSENESS = (
     Column("cosine", "number", 2, "cosine to the teacher's delta"),
@@ -29,13 +29,13 @@ CLOSENESS = (
 )
 
 
-def all_tables(evaluations: Sequence[Results]) -> list[Table]:
+def all_tables(evaluations: Sequence[Evaluation]) -> list[Table]:
     """Every table, in the order of the section."""
     makers = (arms_table, paired_table, ablation_table, clusters_table, teachers_table)
     return [make(evaluations) for make in makers]
 
 
-def arms_table(evaluations: Sequence[Results]) -> Table:
+def arms_table(evaluations: Sequence[Evaluation]) -> Table:
     """Every arm on every task."""
     rows = []
     for one in evaluations:
@@ -64,7 +64,7 @@ def arms_table(evaluations: Sequence[Results]) -> Table:
     return Table("arms", caption, columns, tuple(rows))
 
 
-def paired_table(evaluations: Sequence[Results]) -> Table:
+def paired_table(evaluations: Sequence[Evaluation]) -> Table:
     """The generated arm of each condition minus every other arm."""
     rows: list[tuple[Cell, ...]] = []
     for one, name, group, tasks in generated_groups(evaluations):
@@ -91,7 +91,7 @@ def paired_table(evaluations: Sequence[Results]) -> Table:
     return Table("paired", caption, columns, tuple(rows))
 
 
-def ablation_table(evaluations: Sequence[Results]) -> Table:
+def ablation_table(evaluations: Sequence[Evaluation]) -> Table:
     """Every generator: what its loss weighs, and what comes of it."""
     rows = []
     for one, name, group, tasks in generated_groups(evaluations):
@@ -119,7 +119,7 @@ def ablation_table(evaluations: Sequence[Results]) -> Table:
     return Table("ablation", caption, columns, tuple(rows))
 
 
-def clusters_table(evaluations: Sequence[Results]) -> Table:
+def clusters_table(evaluations: Sequence[Evaluation]) -> Table:
     """Silhouettes of the teacher adapters by task."""
     rows = [(one.results.model, one.results.probes, len(one.results.points), *_silhouettes(one)) for one in evaluations]
     columns = (
@@ -133,7 +133,7 @@ def clusters_table(evaluations: Sequence[Results]) -> Table:
     return Table("clusters", caption, columns, tuple(rows))
 
 
-def teachers_table(evaluations: Sequence[Results]) -> Table:
+def teachers_table(evaluations: Sequence[Evaluation]) -> Table:
     """Every teacher adapter, before and after."""
     rows = []
     for one in evaluations:
@@ -156,7 +156,7 @@ def teachers_table(evaluations: Sequence[Results]) -> Table:
     return Table("teachers", "The teacher adapters on validation items of their own task.", columns, tuple(rows))
 
 
-def generated_groups(evaluations: Sequence[Results]) -> Iterator[tuple[Results, str, str, list[str]]]:
+def generated_groups(evaluations: Sequence[Evaluation]) -> Iterator[tuple[Evaluation, str, str, list[str]]]:
     """Every model, condition and group of tasks that the condition's generators were scored on."""
     for one in evaluations:
         for facts in one.results.generators if "generated" in arms(one, names(one)) else ():
@@ -164,11 +164,11 @@ def generated_groups(evaluations: Sequence[Results]) -> Iterator[tuple[Results, 
                 yield one, facts.condition, group, tasks
 
 
-def nearness(one: Results, tasks: Sequence[str], arm: Arm, condition: str | None = None) -> list[Cell]:
+def nearness(one: Evaluation, tasks: Sequence[str], arm: Arm, condition: str | None = None) -> list[Cell]:
     """The means of `CLOSENESS` over cases and seeds, and how many there are."""
     found = [closeness(one, tasks, arm, column.name, condition) for column in CLOSENESS[:-1]]
     return [*(estimate and estimate.value for estimate in found), found[0] and found[0].n]
 
 
-def _silhouettes(one: Results) -> tuple[Cell, Cell]:
+def _silhouettes(one: Evaluation) -> tuple[Cell, Cell]:
     return one.results.clusters.by_delta, one.results.clusters.by_weights

@@ -234,11 +234,8 @@ def _rows(
     evaluation: QuantizedEvaluation, condition: str, kind: Kind, name: str, variant: Variant = "deployed"
 ) -> list[pd.DataFrame]:
     """The rows of a condition on a set, one frame a seed, in the order of item ids; empty where there are none."""
-    return [
-        evaluation.items.loc[(condition, one.seed, variant, kind, name)]
-        for one in evaluation.results.of(condition)
-        if (condition, one.seed, variant, kind, name) in evaluation.items.index
-    ]
+    keys = [(condition, one.seed, variant, kind, name) for one in evaluation.results.of(condition)]
+    return [evaluation.rows[key] for key in keys if key in evaluation.rows]
 
 
 def _values(

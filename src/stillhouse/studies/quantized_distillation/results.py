@@ -125,8 +125,8 @@ class System:
 
 
 def load(results: Path) -> QuantizedEvaluation:
-    """One model's evaluation, its rows indexed by system, set and item."""
-    return load_evaluation(QuantizedResults, results).indexed([*SYSTEM_COLUMNS, *SET_COLUMNS, "item_id"])
+    """One model's evaluation; a subject is a system and a set."""
+    return load_evaluation(QuantizedResults, results, [*SYSTEM_COLUMNS, *SET_COLUMNS])
 
 
 def measure(items: pd.DataFrame) -> list[Measurement]:

@@ -11,7 +11,6 @@ from stillhouse.reporting.style import Interval, draw_frame, draw_notice, error_
 from stillhouse.runtime.commands import run_step
 from stillhouse.studies.lora_generation.comparisons import (
     GROUPS,
-    Results,
     accuracy,
     arms,
     closeness,
@@ -22,8 +21,9 @@ from stillhouse.studies.lora_generation.comparisons import (
     sample_note,
 )
 from stillhouse.studies.lora_generation.figures import named_styles
+from stillhouse.studies.lora_generation.results import Evaluation
 
-Score = Callable[[Results, Sequence[str], str], Interval | None]
+Score = Callable[[Evaluation, Sequence[str], str], Interval | None]
 MEASURES: dict[str, tuple[float, Score]] = {
     "Accuracy (%)": (100, lambda one, tasks, name: accuracy(one, tasks, "generated", name)),
     "Gold NLL (nats/token)": (1, lambda one, tasks, name: gold_nll(one, tasks, "generated", name)),
@@ -52,13 +52,13 @@ def main(step: FigureStep) -> None:
         save_figure(drawing, step.output)
 
 
-def members(one: Results, group: str) -> dict[str, list[str]]:
+def members(one: Evaluation, group: str) -> dict[str, list[str]]:
     """The tasks of a group by condition; conditions may hold out different tasks."""
     found = {facts.condition: groups(one, facts.condition).get(group, []) for facts in one.results.generators}
     return {name: tasks for name, tasks in found.items() if tasks}
 
 
-def draw_measure(axes: Axes, one: Results, tasks: dict[str, list[str]], scale: float, score: Score) -> None:
+def draw_measure(axes: Axes, one: Evaluation, tasks: dict[str, list[str]], scale: float, score: Score) -> None:
     """One measure of every condition, the first on top."""
     styles = named_styles([facts.condition for facts in one.results.generators])
     labels = []
@@ -79,7 +79,7 @@ def draw_measure(axes: Axes, one: Results, tasks: dict[str, list[str]], scale: f
     axes.tick_params(axis="y", length=0)
 
 
-def message(evaluations: Sequence[Results]) -> str:
+def message(evaluations: Sequence[Evaluation]) -> str:
     """The cosines of the generators with and without delta activations in their loss."""
     parts: dict[str, list[str]] = {}
     for one in evaluations:

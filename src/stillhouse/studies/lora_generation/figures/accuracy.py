@@ -13,7 +13,6 @@ from stillhouse.runtime.commands import run_step
 from stillhouse.studies.lora_generation.comparisons import (
     GROUPS,
     LABELS,
-    Results,
     accuracy,
     arms,
     compare,
@@ -24,6 +23,7 @@ from stillhouse.studies.lora_generation.comparisons import (
 )
 from stillhouse.studies.lora_generation.config import Arm
 from stillhouse.studies.lora_generation.figures import ARM_STYLES
+from stillhouse.studies.lora_generation.results import Evaluation
 
 
 def main(step: FigureStep) -> None:
@@ -69,7 +69,7 @@ def draw_arms(axes: Axes, places: Sequence[Arm], found: Mapping[Arm, Interval], 
     axes.tick_params(axis="y", length=0)
 
 
-def message(evaluations: Sequence[Results]) -> str:
+def message(evaluations: Sequence[Evaluation]) -> str:
     """The generated arm minus retrieval, in points."""
     parts = [
         f"{GROUPS[group]} {format_estimate(compare(one, tasks, 'nearest_adapter').accuracy, 1, 100)}"

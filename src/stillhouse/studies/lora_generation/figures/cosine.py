@@ -12,7 +12,6 @@ from stillhouse.runtime.commands import run_step
 from stillhouse.studies.lora_generation.comparisons import (
     GROUPS,
     LABELS,
-    Results,
     closeness,
     groups,
     load_evaluations,
@@ -20,6 +19,7 @@ from stillhouse.studies.lora_generation.comparisons import (
 )
 from stillhouse.studies.lora_generation.config import Arm
 from stillhouse.studies.lora_generation.figures import ARM_STYLES
+from stillhouse.studies.lora_generation.results import Evaluation
 
 PANELS = {
     "cosine": ("Cosine to the teacher's delta", 1.0),
@@ -54,7 +54,7 @@ def main(step: FigureStep) -> None:
         save_figure(drawing, step.output)
 
 
-def draw_arms(axes: Axes, one: Results, tasks: Sequence[str], drawn: Sequence[Arm], name: str) -> None:
+def draw_arms(axes: Axes, one: Evaluation, tasks: Sequence[str], drawn: Sequence[Arm], name: str) -> None:
     """One measure of every arm that has an adapter of its own."""
     for place, arm in enumerate(drawn):
         found = [
@@ -72,7 +72,7 @@ def draw_arms(axes: Axes, one: Results, tasks: Sequence[str], drawn: Sequence[Ar
     axes.tick_params(axis="y", length=0)
 
 
-def message(evaluations: Sequence[Results]) -> str:
+def message(evaluations: Sequence[Evaluation]) -> str:
     """Generated beside retrieved adapters."""
     parts = []
     for one in evaluations:

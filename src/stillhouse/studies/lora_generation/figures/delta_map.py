@@ -11,8 +11,9 @@ from stillhouse.reporting.steps import FigureStep
 from stillhouse.reporting.style import draw_frame, figure, save_figure
 from stillhouse.reporting.tables import format_estimate
 from stillhouse.runtime.commands import run_step
-from stillhouse.studies.lora_generation.comparisons import Results, load_evaluations
+from stillhouse.studies.lora_generation.comparisons import load_evaluations
 from stillhouse.studies.lora_generation.figures import named_styles
+from stillhouse.studies.lora_generation.results import Evaluation
 
 MAPS = {"by_delta": "Delta activations", "by_weights": "Flattened weights (A and B)"}
 
@@ -36,7 +37,7 @@ def main(step: FigureStep) -> None:
         save_figure(drawing, step.output)
 
 
-def draw_map(axes: Axes, one: Results, name: str) -> None:
+def draw_map(axes: Axes, one: Evaluation, name: str) -> None:
     """One map."""
     for task, style in named_styles([task.task for task in one.results.tasks]).items():
         places = [getattr(point, name) for point in one.results.points if point.task == task]
@@ -49,7 +50,7 @@ def draw_map(axes: Axes, one: Results, name: str) -> None:
     axes.set_ylabel("Component 2")
 
 
-def message(evaluations: Sequence[Results]) -> str:
+def message(evaluations: Sequence[Evaluation]) -> str:
     """Which of the two tells tasks apart better."""
     parts = []
     for one in evaluations:
