@@ -21,7 +21,7 @@ status: $(VENV)/installed
 	@python workflow_scripts/status.py $(SNAKEMAKE_ARGUMENTS)
 
 test: $(VENV)/installed-test
-	python -m pytest -n 3 $(PYTEST_ARGUMENTS)
+	python -m pytest -n 4 $(PYTEST_ARGUMENTS)
 
 benchmark: $(VENV)/installed-test
 	python -m benchmarks $(BENCHMARK_ARGUMENTS)

@@ -6,11 +6,8 @@ import os
 from pathlib import Path
 
 import pytest
-from support.fault_table import (  # noqa: F401 (hooks)
-    pytest_addoption,
-    pytest_collection_modifyitems,
-    pytest_terminal_summary,
-)
+from support.fault_table import leave_out_long_faults, pytest_addoption, pytest_terminal_summary  # noqa: F401 (hooks)
+from support.order import groups_first
 
 # Before any library reads them: tests never reach a hub, and tiny matrices are slower on more threads than one.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -18,6 +15,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    leave_out_long_faults(config, items)
+    groups_first(items)
 
 
 @pytest.fixture(scope="session")

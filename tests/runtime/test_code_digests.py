@@ -31,27 +31,28 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def digests(module: str = "stillhouse.a.step") -> dict[str, str]:
+def forget() -> None:
+    """Be as a process that starts."""
     for function in (
         subject.import_closure,
-        subject._syntax_tree,
+        subject._source,
         subject._first_party_imports,
         subject._module_digest,
+        subject._kept,
     ):
         function.cache_clear()
+
+
+def digests(module: str = "stillhouse.a.step") -> dict[str, str]:
+    forget()
     return subject.code_digests(module)
 
 
 @pytest.fixture(autouse=True)
 def forget_the_test_package():
+    forget()
     yield
-    for function in (
-        subject.import_closure,
-        subject._syntax_tree,
-        subject._first_party_imports,
-        subject._module_digest,
-    ):
-        function.cache_clear()
+    forget()
 
 
 def test_the_closure_follows_absolute_and_relative_imports_and_leaves_strangers_out(package: Path) -> None:
@@ -106,3 +107,27 @@ def test_digests_do_not_depend_on_the_fields_that_a_python_version_adds() -> Non
     tree.body[0].type_params = []  # Python 3.12 adds this field
     tree.body[0]._fields = (*tree.body[0]._fields, "type_params")
     assert subject._canonical(tree, with_values=True) == before
+
+
+def test_only_a_changed_file_is_parsed_again(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = digests()
+    path = package / "stillhouse/a/helper.py"
+    path.write_text(path.read_text().replace("return answer()", "return -answer()"))
+    parsed = []
+    prepare = subject._without_docstrings
+    monkeypatch.setattr(subject, "_without_docstrings", lambda tree: parsed.append(tree) or prepare(tree))
+    after = digests()
+    assert len(parsed) == 1
+    assert {name for name in before if before[name] != after[name]} == {"stillhouse.a.helper"}
+
+
+@pytest.mark.parametrize("damage", ["", "{}", '{"by": 1}', "[1]", "\xff"])
+def test_a_damaged_or_foreign_memory_of_earlier_digests_is_nothing(package: Path, damage: str) -> None:
+    before = digests()
+    (package / "stillhouse/__pycache__/code_digests.json").write_bytes(damage.encode("latin-1"))
+    assert digests() == before
+
+
+def test_digests_need_no_writable_folder(package: Path) -> None:
+    (package / "stillhouse/__pycache__").write_text("no folder")
+    assert digests() == digests()

@@ -9,11 +9,6 @@ import pytest
 from slurm import one_node
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Start these first: they mostly wait for Slurm, while the other workers have the processors."""
-    items.sort(key=lambda item: item.get_closest_marker("slurm") is None)
-
-
 @pytest.fixture(scope="session")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A running Slurm with four simulated GPUs; its directory holds the daemons' logs."""

@@ -1,4 +1,4 @@
-"""Pytest hooks that count the faults survived: `@pytest.mark.fault(what happens, what holds afterwards)`.
+"""Hooks of pytest that count the faults survived: `@pytest.mark.fault(what happens, what holds afterwards)`.
 
 Any test may carry the mark; one that plays its fault more than once says so by `record_property("fault_cases", n)`.
 The table is printed at the end of a run, and `--fault-table docs/reliability.md` writes it between the page's markers.
@@ -32,7 +32,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--fault-table", type=Path, metavar="PAGE", help="write the counted faults into this page")
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+def leave_out_long_faults(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Note each test's fault for the table, and skip the long ones unless they are asked for."""
     for item in items:
         if mark := item.get_closest_marker("fault"):
             item.user_properties.append(("fault", mark.args))

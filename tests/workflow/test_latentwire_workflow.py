@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from support.latentwire_workflow import CONFIG, FIGURES, TARGETS, add_latentwire, write_wire_config
-from support.workflow import Workflow
+from support.workflow import Workflow, make_workflow
 
 STUDY = "src/stillhouse/studies/latentwire"
 REPORT = {"latentwire_report": 1}
@@ -17,15 +17,16 @@ TRAIN = {"latentwire_train": 3, **AFTER_TRAINING}
 CACHES = {"latentwire_teacher_cache": 2}
 
 # One worker runs them all, on one finished workflow.
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("workflow")]
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("latentwire workflow")]
 
 
 @pytest.fixture(scope="module")
-def run_once(finished: Workflow) -> Workflow:
-    """The finished workflow, with this study made in the same folder."""
-    add_latentwire(finished)
-    finished.run(*TARGETS, config=CONFIG)
-    return finished
+def run_once(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Workflow:
+    """A workflow of this study that has run to its end."""
+    workflow = make_workflow(tmp_path_factory.mktemp("latentwire") / "project", tiny_model)
+    add_latentwire(workflow)
+    workflow.run(*TARGETS, config=CONFIG)
+    return workflow
 
 
 @pytest.fixture

@@ -5,18 +5,44 @@ anything. Files that are not Python but shape results are listed as `DATA_FILES`
 count by their bytes. In configuration modules (`config`, `..._settings`) only functions count: their values reach a
 step through its params, so that a new default or condition reruns what reads it and nothing else. The rules store
 `code_digests(module)` in their params; run records and fingerprints hold the same.
+
+What was found in a file is kept beside the bytecode, by the sha256 of the file, so that a dry run parses what changed.
 """
 
 from __future__ import annotations
 
 import ast
 import hashlib
+import json
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.util import resolve_name
 from pathlib import Path
 
+from stillhouse.runtime.errors import UserError
+from stillhouse.runtime.files import atomic_write_text
+
 PACKAGE = "stillhouse"
 SOURCE_ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Source:
+    """What counts of a module's file. text: sha256 of its bytes; tree: of its syntax tree; imports: names, resolved."""
+
+    text: str
+    tree: str
+    imports: list[str]
+    data_files: list[str]
+
+
+@dataclass
+class Kept:
+    """What was found in the modules' files. changed: by this process, since it was written."""
+
+    sources: dict[str, Source]
+    changed: bool = False
 
 
 def code_digests(module: str) -> dict[str, str]:
@@ -24,7 +50,9 @@ def code_digests(module: str) -> dict[str, str]:
 
     Digests are shortened to 12 digits. Raises `ModuleNotFoundError` for a module that has no source file.
     """
-    return {name: _module_digest(name) for name in import_closure(module)}
+    digests = {name: _module_digest(name) for name in import_closure(module)}
+    _keep(_kept())
+    return digests
 
 
 @cache
@@ -51,12 +79,26 @@ def module_path(module: str) -> Path | None:
 
 
 @cache
-def _syntax_tree(module: str) -> ast.Module:
-    """A module's tree without docstrings."""
+def _source(module: str) -> Source:
+    """What a module's file holds: as it was kept, where the file is still the same."""
     path = module_path(module)
     if path is None:
         raise ModuleNotFoundError(f"no source file for module {module} below {SOURCE_ROOT}")
-    tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+    content = path.read_bytes()
+    text = hashlib.sha256(content).hexdigest()
+    kept = _kept()
+    if module in kept.sources and kept.sources[module].text == text:
+        return kept.sources[module]
+    tree = _without_docstrings(ast.parse(content, filename=str(path)))
+    holds_settings = module.startswith(f"{PACKAGE}.config.") or module.endswith((".config", "_settings"))
+    canonical = _canonical(tree, with_values=not holds_settings)
+    imports = _imported_names(tree, module if path.name == "__init__.py" else module.rpartition(".")[0])
+    source = Source(text, hashlib.sha256(canonical.encode()).hexdigest(), sorted(imports), _data_files(tree))
+    kept.sources[module], kept.changed = source, True
+    return source
+
+
+def _without_docstrings(tree: ast.Module) -> ast.Module:
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             first = node.body[0] if node.body else None
@@ -66,20 +108,23 @@ def _syntax_tree(module: str) -> ast.Module:
     return tree
 
 
-@cache
-def _first_party_imports(module: str) -> tuple[str, ...]:
-    """The first-party modules that one module names, with the packages around them."""
-    is_package = module_path(module) == SOURCE_ROOT.joinpath(*module.split("."), "__init__.py")
-    package = module if is_package else module.rpartition(".")[0]
+def _imported_names(tree: ast.Module, package: str) -> set[str]:
+    """The names below our package that a module of `package` imports: modules, and what may be one."""
     names: set[str] = set()
-    for node in ast.walk(_syntax_tree(module)):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             base = resolve_name("." * node.level + (node.module or ""), package) if node.level else node.module or ""
             names.add(base)
             names.update(f"{base}.{alias.name}" for alias in node.names)
-    modules = {name for name in names if name.split(".")[0] == PACKAGE and module_path(name)}
+    return {name for name in names if name.split(".")[0] == PACKAGE}
+
+
+@cache
+def _first_party_imports(module: str) -> tuple[str, ...]:
+    """The first-party modules that one module names, with the packages around them."""
+    modules = {name for name in _source(module).imports if module_path(name)}
     return tuple(modules | {parent for name in (*modules, module) for parent in _parents(name)})
 
 
@@ -90,14 +135,42 @@ def _parents(module: str) -> list[str]:
 
 @cache
 def _module_digest(module: str) -> str:
-    tree = _syntax_tree(module)
-    holds_settings = module.startswith(f"{PACKAGE}.config.") or module.endswith((".config", "_settings"))
-    hasher = hashlib.sha256(_canonical(tree, with_values=not holds_settings).encode())
-    path = module_path(module)
+    source, path = _source(module), module_path(module)
+    if not source.data_files:
+        return source.tree[:12]
     assert path is not None
-    for name in _data_files(tree):
+    hasher = hashlib.sha256(source.tree.encode())
+    for name in source.data_files:
         hasher.update((path.parent / name).read_bytes())
     return hasher.hexdigest()[:12]
+
+
+@cache
+def _kept() -> Kept:
+    """What earlier processes kept; nothing where this module has changed since, or nothing can be read."""
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        kept = json.loads(_kept_path().read_bytes())
+        if kept["by"] == _own_text():
+            return Kept({name: Source(**facts) for name, facts in kept["sources"].items()})
+    return Kept({})
+
+
+def _keep(kept: Kept) -> None:
+    if kept.changed:
+        facts = {name: asdict(source) for name, source in sorted(kept.sources.items())}
+        # Where the folder cannot be written every process parses anew, as Python compiles anew.
+        with suppress(OSError, UserError):
+            atomic_write_text(_kept_path(), json.dumps({"by": _own_text(), "sources": facts}))
+        kept.changed = False
+
+
+def _kept_path() -> Path:
+    return SOURCE_ROOT / PACKAGE / "__pycache__" / "code_digests.json"
+
+
+@cache
+def _own_text() -> str:
+    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 
 
 def _data_files(tree: ast.Module) -> list[str]:
