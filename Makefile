@@ -53,7 +53,9 @@ generate: $(VENV)/installed
 $(VENV)/installed: envs/$(ENVIRONMENT).txt pyproject.toml
 	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing the pinned environment envs/$(ENVIRONMENT).txt into $(VENV) (about 3 GB, a few minutes)"
-	$(INSTALL) -r envs/$(ENVIRONMENT).txt
+	$(INSTALL) --no-compile -r envs/$(ENVIRONMENT).txt
+	@# On all processors, where pip would compile on one; files that are templates do not compile, and need not.
+	@$(VENV)/bin/python -m compileall -q -j 0 -x '/tests?/' $(VENV)/lib >/dev/null || true
 	$(INSTALL) --no-build-isolation -e .
 	@touch $@
 
