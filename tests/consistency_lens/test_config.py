@@ -13,7 +13,7 @@ from stillhouse.config.base import SettingError
 from stillhouse.runtime.errors import ConfigurationError
 from stillhouse.studies.configuration import Configuration, load_configuration
 from stillhouse.studies.consistency_lens.config import EMBEDDED, ConsistencyLensConfig
-from stillhouse.studies.consistency_lens.run_settings import LensSettings, RunSettings
+from stillhouse.studies.consistency_lens.run_settings import LensSettings, LensTrainingSettings, RunSettings
 
 CONFIG = Path(__file__).resolve().parents[2] / "config"
 DEFAULT = CONFIG / "config.yaml"
@@ -68,6 +68,12 @@ def load(study: dict[str, Any], *files: Path) -> Configuration:
             {"defaults": {"training": {"learning_rate_multipliers": {"base": 0.1}}}},
             "learning_rate_multipliers': the lens does not read it",
         ),
+        ({"defaults": {"training": {"lora": {"rank": 4}}}}, "training.lora': the lens does not read it: lens.decoder"),
+        (
+            {"defaults": {"training": {"packing": False}}},
+            "training.packing': the lens does not read it: documents are padded",
+        ),
+        ({"defaults": {"training": {"sharding": "fsdp"}}}, "training.sharding': the lens does not read it"),
         ({"defaults": {"training": {"method": "lora"}}}, "defaults.training.method'"),
         (
             {
@@ -128,6 +134,13 @@ def test_what_does_not_touch_the_activations_does_not_rename_them() -> None:
         assert RunSettings.model_validate(changes).extraction == run.extraction
     for changes in ({"lens": {"layer": 1}}, {"positions": {"policy": "midpoint"}}, {"activation_dtype": "float16"}):
         assert RunSettings.model_validate(changes).extraction.name != run.extraction.name
+
+
+def test_training_is_given_the_settings_that_it_reads_and_no_others() -> None:
+    run = RunSettings.model_validate({"training": {"steps": 7}})
+    unread = {"schedule", "learning_rate_multipliers", "lora", "packing", "sharding"}
+    assert run.leaves()["training"].keys() == LensTrainingSettings.model_fields.keys() - unread
+    assert RunSettings.model_validate(run.leaves()) == run
 
 
 def test_the_unfrozen_condition_thaws_base_weights_after_the_first_epoch() -> None:

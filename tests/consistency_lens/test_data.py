@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from safetensors import safe_open
 from stillhouse.data.records import Passage, read_passages
 from stillhouse.models.loading import load_tokenizer
 from stillhouse.runtime.errors import UserError
-from stillhouse.runtime.files import read_json
+from stillhouse.runtime.files import read_json, write_manifest
 from stillhouse.studies.consistency_lens.data import (
     ActivationData,
     CachedExamples,
@@ -21,6 +22,7 @@ from stillhouse.studies.consistency_lens.data import (
     draw_partners,
 )
 from stillhouse.studies.consistency_lens.run_settings import PositionSettings
+from stillhouse.studies.consistency_lens.shards import ShardContent, ShardPlan, build_shards, plan_shards
 from stillhouse.studies.consistency_lens.tokens import without_duplicates
 from tests.consistency_lens.conftest import Artefacts
 from tests.consistency_lens.corpus import activation_settings, tokenise
@@ -153,6 +155,27 @@ def test_reading_one_example_touches_its_shard_alone(cached: CachedExamples, mon
     )
     assert cached[13].document_id == "train-13"
     assert opened == ["train-00002.safetensors"]
+
+
+def private_bytes() -> int:
+    """Memory of the running process without the files that it maps."""
+    resident, shared = map(int, Path("/proc/self/statm").read_text().split()[1:3])
+    return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_readers_map_a_corpus_and_never_hold_it(tmp_path: Path) -> None:
+    """64 MiB of activations in 16 shards, a row of each sixteenth document read."""
+    plans, activations = plan_shards({"train": 4096}, 256), torch.ones(256, 4096)
+
+    def content(plan: ShardPlan) -> ShardContent:
+        return ShardContent([str(row) for row in plan.rows], [torch.zeros(2)] * 256, {"activations": activations})
+
+    build_shards(tmp_path, plans, content)
+    write_manifest(tmp_path, {"facts": {}, "splits": {"train": {plan.name: len(plan.rows) for plan in plans}}})
+    before = private_bytes()
+    shards = Shards(tmp_path, "train")
+    assert sum(float(shards.row("activations", index).mean()) for index in range(0, len(shards), 16)) == 256
+    assert private_bytes() - before < 2**23
 
 
 def test_the_mean_over_shards_is_the_mean_over_documents(cached: CachedExamples) -> None:

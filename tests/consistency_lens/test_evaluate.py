@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from stillhouse.models.loading import load_tokenizer
+from stillhouse.models.loading import frozen, load_tokenizer
 from stillhouse.runtime.errors import UserError
 from stillhouse.runtime.files import read_json
 from stillhouse.studies.consistency_lens import activations, evaluate, samples_page
@@ -72,6 +72,7 @@ def test_scores_are_those_of_a_full_pass_with_the_activation_replaced(artefacts:
     items = finished.evaluation.items.query("split == 'test'")
     [step] = items["step"].unique()
     lens, tokenizer = load_lens(artefacts, finished, step), load_tokenizer(artefacts.model)
+    untrained = frozen(Lens.build(artefacts.model, run_settings().lens, "fp32"))
     model = AutoModelForCausalLM.from_pretrained(artefacts.model, dtype=torch.float32).eval()
     cached = CachedExamples(finished.activations, "test", activation_settings(), artefacts.model)
     train = CachedExamples(finished.activations, "train", activation_settings(), artefacts.model)
@@ -82,6 +83,8 @@ def test_scores_are_those_of_a_full_pass_with_the_activation_replaced(artefacts:
         assert activation is not None
         text = lens.explain(activation[None], gumbel_noise=0.0).token_ids
         values = {"lens": lens.reconstruct_tokens(text)[0], "mean": mean, "zero": torch.zeros_like(mean)}
+        other_text = untrained.explain(activation[None], gumbel_noise=0.0).token_ids
+        values["untrained"] = untrained.reconstruct_tokens(other_text)[0]
         true = plain_logits(model, example.token_ids, example.position, activation).log_softmax(-1)
         for variant, value in values.items():
             other = plain_logits(model, example.token_ids, example.position, value.detach()).log_softmax(-1)
@@ -125,6 +128,22 @@ def test_the_texts_of_shuffled_and_other_are_the_lenss_own_in_another_order(fini
     own, mixed, others = (items[variant].map(list) for variant in ("lens", "shuffled", "other_explanation"))
     assert own.map(sorted).equals(mixed.map(sorted))
     assert sorted(own) == sorted(others)
+
+
+def test_another_seed_draws_other_controls_and_leaves_the_lens_as_it_is(
+    artefacts: Artefacts, finished: Finished, tmp_path: Path
+) -> None:
+    changes = {"seed": finished.step.evaluation.seed + 1, "best_of": [1], "verbose_samples": 0}
+    evaluate.main(evaluation_step(artefacts, finished.activations, (finished.lens,), tmp_path, **changes))
+    again = load_evaluation(tmp_path / "results.json").items
+    ours, theirs = (
+        items.query("split == 'test'").set_index(["variant", "item_id"]).kl
+        for items in (finished.evaluation.items, again)
+    )
+    for variant in ("lens", "mean", "hard_coded", "text_regression", "untrained"):
+        assert ours[variant].equals(theirs[variant]), variant
+    for variant in ("shuffled", "other_explanation", "best_of_1"):
+        assert not ours[variant].equals(theirs[variant]), variant
 
 
 def test_the_checkpoint_is_chosen_on_validation_alone(finished: Finished) -> None:

@@ -218,6 +218,7 @@ def test_a_checkpoint_restores_the_lens(model_dir: Path, activations: Tensor, tm
         ({"layer": 3}, r"lens\.layer: 3 is out of range: the model has layers 0 \(embeddings\) to 2"),
         ({"encoder": {"output_layer": 7}}, r"lens\.encoder\.output_layer: 7 is out of range"),
         ({"frozen_8bit": True}, r"lens\.frozen_8bit: bitsandbytes is not installed: pip install bitsandbytes"),
+        ({"attention": "flash_attention_2"}, r"lens\.attention: flash_attn is not installed: .* or set it to sdpa"),
     ],
 )
 def test_what_cannot_be_built_is_refused_in_one_line(
@@ -226,6 +227,27 @@ def test_what_cannot_be_built_is_refused_in_one_line(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=message):
         tiny_lens(tiny_model, **changes)
+
+
+def test_attention_is_the_one_asked_for_and_computes_the_same(model_dir: Path, activations: Tensor) -> None:
+    found = []
+    for attention in ("sdpa", "eager"):
+        lens = tiny_lens(model_dir, attention=attention)
+        bases = (lens.original, lens.decoder.base, lens.encoder.base)
+        assert [base.config._attn_implementation for base in bases] == [attention] * 3
+        explanation = lens.explain(activations, gumbel_noise=False)
+        read = lens.original_logits(*documents(), activations)
+        found.append((explanation.logits, lens.reconstruct(explanation.embeddings), read))
+    torch.testing.assert_close(found[1], found[0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("tf32", [True, False])
+def test_tf32_is_switched_as_asked(tiny_model: Path, monkeypatch: pytest.MonkeyPatch, tf32: bool) -> None:
+    backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    for backend in backends:
+        monkeypatch.setattr(backend, "allow_tf32", not tf32)
+    tiny_lens(tiny_model, tf32=tf32)
+    assert [backend.allow_tf32 for backend in backends] == [tf32, tf32]
 
 
 def test_frozen_weights_in_8_bit_are_shared_and_gradients_pass_through_them(tiny_model: Path) -> None:

@@ -110,6 +110,19 @@ def test_a_run_leaves_checkpoints_metrics_and_a_record(tiny_model: Path, corpus:
     assert not torch.equal(lens.decoder.projection.weight, torch.eye(32))
 
 
+def test_losses_fall_on_the_documents_it_learns_from_and_on_others(
+    tiny_model: Path, corpus: Path, tmp_path: Path
+) -> None:
+    step = train_step(tiny_model, corpus, tmp_path, training={"steps": 30, "save_every": 5})
+    main(step)
+    rows = read_metrics(step.output / "metrics.jsonl")
+    for term in ("loss", "reconstruction_kl", "resample_kl"):
+        learnt = [row[term] for row in rows]
+        assert sum(learnt[-5:]) < 0.9 * sum(learnt[:5]), term
+        held_out = [row[f"validation/{term}"] for row in rows if f"validation/{term}" in row]
+        assert held_out[-1] < held_out[0], term
+
+
 def test_a_killed_run_ends_with_the_weights_of_an_undisturbed_one(
     tiny_model: Path, corpus: Path, tmp_path: Path
 ) -> None:
@@ -137,14 +150,15 @@ def test_cached_activations_and_those_of_the_step_train_the_same_lens(
 
 
 def test_a_part_is_frozen_until_its_epoch_and_then_warms_up(tiny_model: Path, corpus: Path, tmp_path: Path) -> None:
-    late = {"trained": True, "unfreezing": "0, hold 1e, linear to 1 over 2s"}  # an epoch is 5 steps of 4
+    # An epoch is 5 steps of 4.
+    late = {"trained": True, "learning_rate_multiplier": 0.5, "unfreezing": "0, hold 1e, linear to 1 over 2s"}
     step = train_step(
         tiny_model, corpus, tmp_path,
         lens={"encoder": {"base": late}}, training={"steps": 8},
     )  # fmt: skip
     main(step)
     rows = read_metrics(step.output / "metrics.jsonl")
-    assert [row["learning_rate/encoder.base"] for row in rows] == [0, 0, 0, 0, 0, 0.005, 0.01, 0.01]
+    assert [row["learning_rate/encoder.base"] for row in rows] == [0, 0, 0, 0, 0, 0.0025, 0.005, 0.005]
     untouched = Lens.build(tiny_model, step.run.lens, "fp32", "cpu").part_parameters()["encoder.base"]
     # Blocks after the output layer never learn; the first one does once it is unfrozen.
     name = "encoder.base.model.layers.0.mlp.up_proj.weight"
@@ -166,6 +180,27 @@ def test_an_unfrozen_run_resumes_across_the_unfreezing(tiny_model: Path, corpus:
         (work / name).rmdir()
     main(train_step(tiny_model, corpus, tmp_path / "parts", **changes))
     assert_bit_equal(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_lens_of_one(tiny_model: Path, corpus: Path, tmp_path: Path) -> None:
+    """A batch of five splits unevenly, a part thaws on the way, and validation is left to one of the two."""
+    late = {"trained": True, "unfreezing": "0, hold 3s, linear to 1 over 2s"}
+    changes = {
+        "lens": {"encoder": {"base": late}},
+        "schedules": {"noise": "0"},  # each process draws noise of its own
+        "training": {"batch_size": 5, "save_every": 3},
+    }
+    main(train_step(tiny_model, corpus, tmp_path / "one", **changes))
+    step = train_step(tiny_model, corpus, tmp_path / "two", **changes)
+    arguments = dotted_arguments(step.model_dump(mode="json"))
+    programs = forked.start_two("stillhouse.studies.consistency_lens.train", *arguments)
+    done = [program.finish() for program in programs]
+    assert [one.returncode for one in done] == [0, 0], done
+    torch.testing.assert_close(weights(tmp_path / "two"), weights(tmp_path / "one"), atol=1e-4, rtol=1e-3)
+    alone, together = (read_metrics(tmp_path / name / "output" / "metrics.jsonl") for name in ("one", "two"))
+    for key in ("loss", "validation/loss", "learning_rate/encoder.base"):
+        assert [row.get(key) for row in together] == pytest.approx([row.get(key) for row in alone], rel=1e-4), key
 
 
 def test_the_best_and_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:

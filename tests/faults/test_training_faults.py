@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from support import forked
 
 from stillhouse.training.checkpoints import numbered_directories
 from tests.faults import trainer
 from tests.faults.conftest import Undisturbed
-from tests.training.test_processes import start_two_processes
 from tests.training.tiny_run import AnswerCrossEntropy, tiny_settings, tiny_train
 
 RESUMED = "resumed from the last state; weights and losses bit for bit those of an undisturbed run"
@@ -79,7 +79,8 @@ def test_a_training_stopped_at_any_moment_is_continued(
 @pytest.mark.slow
 @pytest.mark.fault("kill -9 of one of two training processes", "the other ends too; resumed; equal within rounding")
 def test_a_process_whose_partner_is_killed_ends_and_the_run_is_continued(tiny_model: Path, tmp_path: Path) -> None:
-    programs = start_two_processes(tiny_model, tmp_path / "two", "--kill-at", "6", "--kill-rank", "1")
+    options = ["--kill-at", "6", "--kill-rank", "1"]
+    programs = forked.start_two("tests.training.tiny_run", tiny_model, tmp_path / "two", *options)
     try:
         statuses = [program.finish(120).returncode for program in programs]
     finally:

@@ -2,39 +2,23 @@
 
 from __future__ import annotations
 
-import socket
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
 from support import forked
-from support.forked import Program
 
 from stillhouse.runtime.errors import UserError
 from stillhouse.training.tracking import read_metrics
 from tests.training.tiny_run import tiny_settings, tiny_train
 
 
-def start_two_processes(model: Path, folder: Path, *arguments: str) -> list[Program]:
-    """The environment of `accelerate launch --cpu --num_processes 2`, without its start-up time."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {
-        "ACCELERATE_USE_CPU": "true",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-    }
-    return [
-        forked.start(
-            "tests.training.tiny_run", model, folder, *arguments, **shared, RANK=str(rank), LOCAL_RANK=str(rank)
-        )
-        for rank in range(2)
-    ]
+def run_two(model: Path, folder: Path, *options: str) -> list[CompletedProcess[str]]:
+    """The tiny run in two processes, to its end."""
+    return [program.finish() for program in forked.start_two("tests.training.tiny_run", model, folder, *options)]
 
 
 @pytest.mark.slow
@@ -47,7 +31,7 @@ def test_two_processes_give_the_loss_curve_and_the_weights_of_one(
     """The batch of five splits unevenly, 2 and 3, with answers of uneven length."""
     _, alone = tiny_train(tiny_model, tmp_path / "one", tiny_settings(method=method))
     options = ["--method", method, "--sharding", sharding]
-    done = [program.finish() for program in start_two_processes(tiny_model, tmp_path / "two", *options)]
+    done = run_two(tiny_model, tmp_path / "two", *options)
     assert [one.returncode for one in done] == [0, 0], done
     told = "processes: 2\n" if sharding == "none" else "processes: 2 sharded\n"
     assert [one.stdout for one in done] == [told] * 2
@@ -63,10 +47,9 @@ def test_two_processes_give_the_loss_curve_and_the_weights_of_one(
 @pytest.mark.fault("kill -9 of one of two sharded training processes", "resumed; equal within rounding")
 def test_a_sharded_training_that_is_killed_is_continued(tiny_model: Path, tmp_path: Path) -> None:
     options = ["--method", "full", "--sharding", "fsdp"]
-    for program in start_two_processes(tiny_model, tmp_path / "two", *options, "--kill-at", "6", "--kill-rank", "1"):
-        program.finish()
+    run_two(tiny_model, tmp_path / "two", *options, "--kill-at", "6", "--kill-rank", "1")
     assert not (tmp_path / "two" / "output").exists()
-    first, _ = (program.finish() for program in start_two_processes(tiny_model, tmp_path / "two", *options))
+    first, _ = run_two(tiny_model, tmp_path / "two", *options)
     assert "continuing from step 4 of 8" in first.stderr
     tiny_train(tiny_model, tmp_path / "one", tiny_settings(method="full"))
     weights = [load_file(tmp_path / run / "output/checkpoint-8/model.safetensors") for run in ("one", "two")]

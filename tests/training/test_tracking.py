@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,8 +14,9 @@ from accelerate.utils import LoggerType
 
 from stillhouse.config.training import TrackingSettings
 from stillhouse.runtime.errors import UserError
+from stillhouse.runtime.logs import logger
 from stillhouse.training.processes import TrainingInterrupted
-from stillhouse.training.tracking import flat, new_run_id, tracker_arguments
+from stillhouse.training.tracking import flat, log_table, new_run_id, tracker_arguments
 from tests.training.tiny_run import AnswerCrossEntropy, tiny_settings, tiny_train
 
 
@@ -31,23 +33,35 @@ class FakeWandb:
 
     def __init__(self) -> None:
         self.runs: list[dict[str, Any]] = []
-        self.logged: list[int] = []
+        self.logged: list[int | None] = []
+        self.values: list[dict[str, Any]] = []
         self.config = SimpleNamespace(update=lambda *values, **options: None)
 
     def init(self, **arguments: Any) -> SimpleNamespace:
         self.runs.append(arguments)
-        return SimpleNamespace(
-            log=lambda values, step, **options: self.logged.append(step), finish=lambda: None, config=self.config
-        )
+        return SimpleNamespace(log=self.log, finish=lambda: None, config=self.config)
+
+    def log(self, values: dict[str, Any], step: int | None, **options: Any) -> None:
+        self.logged.append(step)
+        self.values.append(values)
+
+    @staticmethod
+    def Table(columns: list[str], data: list[list[str]], dataframe: object) -> tuple[list[str], list[list[str]]]:  # noqa: N802
+        return columns, data
+
+
+def install(monkeypatch: pytest.MonkeyPatch, tracker: LoggerType, package: Any) -> None:
+    """Let accelerate find `package` as the one of a tracker."""
+    monkeypatch.setitem(sys.modules, tracker.value, package)
+    available = [*accelerate.tracking.get_available_trackers(), tracker]
+    monkeypatch.setattr(accelerate.tracking, "_available_trackers", available)
 
 
 def test_wandb_keeps_its_run_over_a_resume(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import signal
 
     wandb = FakeWandb()
-    monkeypatch.setitem(sys.modules, "wandb", wandb)  # type: ignore[arg-type]
-    available = [*accelerate.tracking.get_available_trackers(), LoggerType.WANDB]
-    monkeypatch.setattr(accelerate.tracking, "_available_trackers", available)
+    install(monkeypatch, LoggerType.WANDB, wandb)
     options: dict[str, Any] = {
         "tracking": TrackingSettings(trackers=("wandb",), project="distillation"),
         "run_name": "baseline",
@@ -61,6 +75,23 @@ def test_wandb_keeps_its_run_over_a_resume(tiny_model: Path, tmp_path: Path, mon
     assert first["project"] == "distillation" and first["name"] == "baseline"
     assert first["resume"] == "allow" and len(first["id"]) == 32
     assert wandb.logged == list(range(1, 9))
+
+
+def test_a_table_reaches_the_trackers_that_take_tables_and_the_others_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    wandb, live = FakeWandb(), SimpleNamespace(end=lambda: None)
+    install(monkeypatch, LoggerType.WANDB, wandb)
+    install(monkeypatch, LoggerType.DVCLIVE, SimpleNamespace(Live=lambda **options: live))
+    monkeypatch.setattr(logger, "propagate", True)
+    caplog.set_level(logging.INFO, logger.name)
+    settings = TrackingSettings(trackers=("wandb", "dvclive"), project="lens")
+    log_table(settings, tmp_path, "tiny-evaluation", "samples", ["token", "text"], [["a", "b|c"], ["d", "e"]])
+    [run] = wandb.runs
+    assert (run["project"], run["name"]) == ("lens", "tiny-evaluation")
+    assert wandb.values == [{"samples": (["token", "text"], [["a", "b|c"], ["d", "e"]])}]
+    assert "dvclive takes no tables: 'samples' is not sent there" in caplog.text
+    assert list(tmp_path.rglob("events.out.tfevents.*"))
 
 
 def test_every_tracker_of_the_configuration_can_be_continued() -> None:

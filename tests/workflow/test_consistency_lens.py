@@ -111,6 +111,13 @@ def test_a_figure_of_one_layer_alone_needs_no_figure_by_layer(project: Workflow)
     assert "unknown figure 'variance_by_layer'" in done.stdout + done.stderr
 
 
+def test_an_evaluation_goes_to_the_directory_that_is_asked_for(project: Workflow) -> None:
+    write_config(project.directory / "changed.yaml", {"evaluation": {"output_directory": "elsewhere/lens"}}, STUDIES)
+    done = project.run("-n", config="changed.yaml")
+    planned = done.stdout + done.stderr
+    assert "elsewhere/lens/tiny/results.json" in planned and "results/consistency_lens/tiny/evaluation" not in planned
+
+
 def test_an_evaluation_that_is_made_again_computes_only_what_is_missing(project: Workflow) -> None:
     directory = project.directory / "results/consistency_lens/tiny/evaluation"
     before = {name: (directory / name).read_bytes() for name in ("results.json", "items.parquet", "samples.json")}

@@ -40,7 +40,7 @@ class EvaluationSettings(StrictModel):
     """How every lens of a model is scored, on documents that it has never seen and without Gumbel noise."""
 
     split: Literal["validation", "test"] = "test"
-    seed: Annotated[int, Field(description="Draws controls, samples of best-of-K and bootstrap intervals.")] = 42
+    seed: Annotated[int, Field(description="Draws the controls and the samples of best-of-K.")] = 42
     batch_size: Annotated[int, Field(ge=1)] = 64
     batches: Annotated[int | None, Field(ge=1, description="Number of batches; null: the whole split.")] = None
     best_of: Annotated[

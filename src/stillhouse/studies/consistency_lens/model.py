@@ -98,12 +98,16 @@ class Lens(nn.Module):
     ) -> Self:
         """A new lens of the model in `model_dir`; nothing in it is drawn at random.
 
-        Raises `UserError` for a layer that the model does not have, and for 8 bit without bitsandbytes.
+        Raises `UserError` for a layer that the model does not have, and for what needs a package that is missing.
         """
-        if settings.frozen_8bit and importlib.util.find_spec("bitsandbytes") is None:
-            raise UserError(
-                "lens.frozen_8bit: bitsandbytes is not installed: pip install bitsandbytes, or set it to false"
-            )
+        for key, asked, package, without in (
+            ("frozen_8bit", settings.frozen_8bit, "bitsandbytes", "false"),
+            ("attention", settings.attention == "flash_attention_2", "flash_attn", "sdpa"),
+        ):
+            if asked and importlib.util.find_spec(package) is None:
+                raise UserError(
+                    f"lens.{key}: {package} is not installed: pip install {package}, or set it to {without}"
+                )
         torch.backends.cuda.matmul.allow_tf32 = settings.tf32
         torch.backends.cudnn.allow_tf32 = settings.tf32
 

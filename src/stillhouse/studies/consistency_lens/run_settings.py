@@ -15,7 +15,14 @@ from stillhouse.runtime.digests import short_digest
 from stillhouse.studies.consistency_lens.schedules import ScheduleText, parse_schedule
 
 EMBED, TEXT = "<embed>", "<text>"
-
+# Settings of the shared loop that mean nothing here, and what to do instead.
+UNREAD = {
+    "schedule": "set schedules.learning_rate instead",
+    "learning_rate_multipliers": "each part has learning_rate_multiplier",
+    "lora": "lens.decoder and lens.encoder say which parts learn, and these learn whole",
+    "packing": "documents are padded, leave it out",
+    "sharding": "each part has a learning rate of its own, leave it out",
+}
 
 Weight = Annotated[float, Field(ge=0)]
 
@@ -232,14 +239,10 @@ class LensTrainingSettings(TrainingSettings):
 
     @model_validator(mode="after")
     def the_lens_has_its_own(self) -> LensTrainingSettings:
-        """Refuse settings that the lens has other keys for: here they would do nothing, or work twice."""
-        constant = ScheduleSettings(kind="constant", warmup_steps=0)
-        if self.schedule != constant:
-            raise SettingError(("schedule",), "the lens does not read it: set schedules.learning_rate instead")
-        if self.learning_rate_multipliers:
-            raise SettingError(
-                ("learning_rate_multipliers",), "the lens does not read it: each part has learning_rate_multiplier"
-            )
+        """Refuse settings that the lens has other keys for, or none: here they would do nothing, or work twice."""
+        for name, instead in UNREAD.items():
+            if getattr(self, name) != LensTrainingSettings.model_fields[name].default:
+                raise SettingError((name,), f"the lens does not read it: {instead}")
         return self
 
 
@@ -259,11 +262,13 @@ class RunSettings(StrictModel):
     loss: LossSettings = LossSettings()
     schedules: LensSchedules = LensSchedules()
     checkpoints: CheckpointSettings = CheckpointSettings()
-    training: LensTrainingSettings = LensTrainingSettings()
+    training: Annotated[
+        LensTrainingSettings, Field(description=f"Its {', '.join(UNREAD)} mean nothing here and stay as they are.")
+    ] = LensTrainingSettings()
 
     def leaves(self) -> dict[str, Any]:
-        """The settings that this run's training reads."""
-        return self.model_dump(mode="json")
+        """The settings that this run's training reads: others would only make it run again."""
+        return self.model_dump(mode="json", exclude={"training": set(UNREAD)})
 
     @property
     def extraction(self) -> ActivationSettings:
