@@ -253,6 +253,7 @@ class EvaluationJob:
                 prompts=run.generator.prompts,
                 parameters=record["parameters"],
                 adapters=len(record["adapters"]),
+                apart_from_losses=short_digest(run.model_dump(mode="json", exclude={"losses"})),
             )
 
     def _is_worked(self, entry: Entry) -> bool:
