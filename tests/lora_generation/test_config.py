@@ -45,6 +45,10 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
+    "activations that a generator would recompute": (
+        {"defaults": {"training": {"gradient_checkpointing": True}}},
+        "generators do not offer it: switch it off",
+    ),
 def test_a_fault_is_found_while_the_dag_is_built(fault: str) -> None:
     changes, message = FAULTS[fault]
     with pytest.raises((ValidationError, SettingError), match=message):
