@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -34,9 +35,17 @@ RIGHT = {"base": 0.3, "teacher": 0.9, "nearest_adapter": 0.5, "in_context": 0.4,
 
 
 def write_fake_evaluation(
-    directory: Path, generated: float = 0.95, arms: tuple[str, ...] = ARMS, flagged: bool = False
+    directory: Path,
+    generated: float = 0.95,
+    arms: tuple[str, ...] = ARMS,
+    flagged: Sequence[int] = (),
+    weight_only: float | None = None,
 ) -> Path:
-    """Write results.json and items.parquet; `generated` is that arm's share of right answers."""
+    """Write results.json and items.parquet; `generated` is that arm's share of right answers.
+
+    flagged: shards whose teachers are no better than the base. weight_only: the share of that condition, where it is
+    another one.
+    """
     rows, measurements = [], []
     for task in TASKS:
         for arm in arms:
@@ -54,12 +63,17 @@ def write_fake_evaluation(
                             "seed": seed,
                             "held_out": "rivers" if arm in (*OF_COLLECTION, "generated") else None,
                         }
-                        scores = _scores(generated if arm == "generated" else RIGHT.get(arm, 0.45), arm)
+                        right = RIGHT.get(arm, 0.45) if arm != "generated" else generated
+                        if condition == "weight_only" and weight_only is not None:
+                            right = weight_only
+                        scores = _scores(right, arm)
                         rows.append(scores.assign(model="tiny", **subject))
                         accuracy, nll = measured(scores)
                         adapter = arm not in ("base", "in_context")
                         role = None if case is None else "held_out_task" if task == "rivers" else "held_out_shard"
-                        cosine = 1.0 if arm == "teacher" else 0.8 if condition == "multi_task" else 0.5
+                        cosine = 1.0 if arm == "teacher" else 0.5
+                        if condition == "multi_task":
+                            cosine = {3: 0.75, 4: 0.85}[case]
                         measurements.append(
                             Measurement(
                                 **subject,
@@ -105,6 +119,7 @@ def write_fake_evaluation(
                 prompts=8,
                 parameters=12345,
                 adapters=3,
+                apart_from_losses="0",
             )
             for condition in CONDITIONS
         ),
@@ -144,7 +159,7 @@ def _interval(value: float) -> Interval:
     return Interval(n=10, value=value, low=value - 0.1, high=value + 0.1)
 
 
-def _row(task: str, shard: int, flagged: bool) -> AdapterRow:
+def _row(task: str, shard: int, flagged: Sequence[int]) -> AdapterRow:
     return AdapterRow(
         name=f"{task}/shard_{shard}-seed_42/step_9",
         task=task,
@@ -158,7 +173,7 @@ def _row(task: str, shard: int, flagged: bool) -> AdapterRow:
         gold_nll_before=_interval(2.0),
         gold_nll_after=_interval(1.0),
         better_by="accuracy",
-        better=not (flagged and shard == 1),
+        better=shard not in flagged,
         seconds=12.5,
         digest=f"{task}{shard}",
         rank=2,

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from pydantic import ValidationError
 
 from stillhouse.config.base import SettingError
 from stillhouse.config.layering import merge
-from stillhouse.studies.configuration import Configuration
+from stillhouse.models.lora_tensors import LoraLayout, ModuleShape
+from stillhouse.studies.configuration import Configuration, load_configuration
 from stillhouse.studies.lora_generation.config import EMBEDDED, LoraGenerationConfig
 from stillhouse.studies.lora_generation.generator_settings import CONDITIONS, RunSettings
-from stillhouse.studies.lora_generation.teacher_settings import ShardSettings, TeacherSettings
+from stillhouse.studies.lora_generation.teacher_settings import TASKS, ShardSettings, TeacherSettings
+from stillhouse.studies.lora_generation.tokens import WeightTokeniser
 
+ROOT = Path(__file__).resolve().parents[2] / "config"
 _TWO = {"tensor_parallel": 2}
 # What is wrong, and a part of the message.
 FAULTS: dict[str, tuple[dict[str, Any], str]] = {
@@ -40,6 +45,10 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "an even kernel": ({"defaults": {"generator": {"kernel": 4}}}, "must be odd"),
     "a setting of the loop that is not read": ({"defaults": {"training": {"method": "full"}}}, "is not read here"),
     "a domain without its kind": ({"probes": {"domain": "reading"}}, "is for kind domain"),
+    "activations that a generator would recompute": (
+        {"defaults": {"training": {"gradient_checkpointing": True}}},
+        "generators do not offer it: switch it off",
+    ),
     "an override that does not exist": ({"condition_settings": {"multi_task": {"loss": {}}}}, "loss"),
 }
 
@@ -70,6 +79,48 @@ def test_conditions_are_overrides_of_one_set_of_settings() -> None:
     }
     assert study.seeds == (42, 123, 456)
     assert {"matrices_only", "cosine", "delta_guided", "hyper_convolution"} <= CONDITIONS.keys()
+
+
+def experiment(name: str) -> LoraGenerationConfig:
+    files = [ROOT / "config.yaml", ROOT / f"experiments/lora_generation_{name}.yaml"]
+    default, own = (yaml.safe_load(file.read_text()) for file in files)
+    return load_configuration(merge(default, own), files, {}).lora_generation
+
+
+@pytest.mark.parametrize(
+    ("name", "model"), [("qwen25_05b", "qwen25_05b_instruct"), ("qwen25_15b", "qwen25_15b_instruct")]
+)
+def test_the_full_size_experiments_have_the_published_settings(name: str, model: str) -> None:
+    study = experiment(name)
+    training = study.teachers.training
+    assert study.models == (model,) and set(study.tasks) == set(TASKS) and len(study.tasks) == 8
+    assert (training.lora.rank, training.lora.alpha, training.learning_rate, training.steps) == (16, 32, 2e-4, 500)
+    ablations = {name: study.run_settings(model, name).losses for name in study.conditions}
+    weights = {(losses.weight, losses.delta) for losses in ablations.values()}
+    assert weights == {(1, 0.1), (0.5, 0.5), (0, 1), (1, 0)} and study.seeds == (42, 123, 456)
+    assert {study.run_settings(model, name).held_out_tasks for name in study.conditions} == {(task,) for task in TASKS}
+
+
+def test_the_drag_and_drop_experiment_has_its_own_setting() -> None:
+    """Qwen2.5-0.5B in arXiv 2506.16406: seven targets, 4,296 tokens of 10 x 130, 128 prompts, learning rate 3e-5."""
+    sizes = {
+        "q_proj": (896, 896),
+        "k_proj": (896, 128),
+        "v_proj": (896, 128),
+        "o_proj": (896, 896),
+        "gate_proj": (896, 4864),
+        "up_proj": (896, 4864),
+        "down_proj": (4864, 896),
+    }
+    study = experiment("drag_and_drop")
+    lora, run = study.teachers.training.lora, study.run_settings("qwen25_05b_instruct", "drag_and_drop")
+    modules = [ModuleShape(f"model.layers.{n}.{name}", *sizes[name]) for n in range(24) for name in lora.target_modules]
+    assert len(modules) == 24 * len(sizes)
+    assert WeightTokeniser(LoraLayout(tuple(modules), lora.rank, lora.alpha), run.tokens).tokens == 4296
+    assert (run.tokens.rows, run.tokens.columns, run.generator.prompts) == (10, 130, 128)
+    assert (run.training.learning_rate, run.generator.kind, run.generator.start) == (3e-5, "hyper_convolution", "zero")
+    assert (run.losses.weight, run.losses.weight_kind, run.losses.delta) == (1, "matrices", 0)
+    assert study.teachers.collection == "checkpoints" and study.text.states == "tokens"
 
 
 def test_the_engine_counts_only_where_a_task_has_worked_answers() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from stillhouse.config.training import TrackingSettings
-from stillhouse.models.lora_tensors import read_adapter
+from stillhouse.models.lora_tensors import read_adapter, write_adapter
 from stillhouse.runtime.errors import UserError
 from stillhouse.runtime.files import read_json, write_manifest
 from stillhouse.studies.lora_generation import collect, teachers
@@ -20,7 +21,7 @@ from stillhouse.studies.lora_generation.data import Wording, read_items, shard_o
 from stillhouse.studies.lora_generation.manifest import read_collection, read_facts
 from stillhouse.studies.lora_generation.prompts import read_prompts, read_solved_prompts
 from stillhouse.studies.lora_generation.scoring import Scorer
-from stillhouse.studies.lora_generation.teacher_settings import TeacherTrainingSettings
+from stillhouse.studies.lora_generation.teacher_settings import Teacher, TeacherTrainingSettings
 from stillhouse.studies.lora_generation.teachers import TeachersStep
 
 NAMES = tuple(f"apples/shard_{shard}-seed_42/step_{step}" for shard in (0, 1) for step in (2, 4))
@@ -113,6 +114,29 @@ def test_each_adapter_has_its_files_and_is_judged_on_its_own_task(trained: Path)
             assert read_adapter(folder).layout.rank == 2
     record = read_json(trained / "teachers/run.json")
     assert (record["adapters"], record["better"]) == (4, 4)
+
+
+def test_a_teacher_that_is_not_better_is_flagged_from_its_facts_to_the_manifest(
+    trained: Path, tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The adapters of the first shard change nothing: they score as the base does, which is not better."""
+    shutil.copytree(trained / "teachers", tmp_path / "teachers")
+    every = [Teacher("apples", shard, 42, step) for shard in (0, 1) for step in (2, 4)]
+    for teacher in every[:2]:
+        folder = tmp_path / "teachers" / teacher.folder
+        write_adapter(read_adapter(folder).map(torch.zeros_like), folder, "tiny")
+    scorer, step = Scorer(tiny_model, **_SCORING), step_of(trained, tiny_model)
+    judged = teachers.judge(step, scorer, every, tmp_path / "teachers", seconds=1.0)
+    assert [facts.better for facts in judged] == [False, False, True, True]
+    assert judged[0].gold_nll_after == judged[0].gold_nll_before
+    write_manifest(tmp_path / "teachers")
+    with caplog.at_level(logging.WARNING):
+        collect.main(collect_step(tmp_path, tiny_model, tmp_path / "adapters"))
+    assert {row.name: row.flagged for row in read_collection(tmp_path / "adapters")} == {
+        name: "shard_0" in name for name in NAMES
+    }
+    assert caplog.text.count("is no better than the base on its own task (by gold_nll)") == 2
+    assert read_json(tmp_path / "adapters/run.json")["flagged"] == 2
 
 
 def test_adapters_of_a_shared_start_begin_at_the_same_a(trained: Path, tiny_model: Path, tmp_path: Path) -> None:

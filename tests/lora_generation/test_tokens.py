@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stillhouse.models.lora_tensors import LoraLayout, ModuleShape, stacked
+from stillhouse.models.lora_tensors import stacked
 from stillhouse.studies.lora_generation.generator_settings import TokenSettings
 from stillhouse.studies.lora_generation.tokens import WeightTokeniser, masked_mean_square
 from tests.lora_generation.adapters import largest_difference, random_adapter, small_layout
@@ -67,22 +67,6 @@ def test_a_token_without_variation_keeps_its_size() -> None:
     other = random_adapter(tokens.layout, 2)
     assert torch.isfinite(tokens.decode(tokens.encode(other)).a[tokens.layout.modules[0].name]).all()
     assert largest_difference(tokens.decode(tokens.encode(other)), other) == 0
-
-
-def test_drag_and_drops_own_grid_of_qwen_has_4296_tokens() -> None:
-    """Qwen2.5-0.5B in arXiv 2506.16406: seven targets of rank 8, tokens of 10 x 130."""
-    sizes = {
-        "q_proj": (896, 896),
-        "k_proj": (896, 128),
-        "v_proj": (896, 128),
-        "o_proj": (896, 896),
-        "gate_proj": (896, 4864),
-        "up_proj": (896, 4864),
-        "down_proj": (4864, 896),
-    }
-    modules = [ModuleShape(f"model.layers.{n}.{name}", *size) for n in range(24) for name, size in sizes.items()]
-    layout = LoraLayout(tuple(modules), 8, 16)
-    assert WeightTokeniser(layout, TokenSettings(rows=10, columns=130)).tokens == 4296
 
 
 def test_padding_takes_no_part_in_a_mean_square_nor_in_its_gradient() -> None:

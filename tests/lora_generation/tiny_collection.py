@@ -15,9 +15,9 @@ from transformers import BertConfig, BertModel
 from stillhouse.evaluation.results_files import Interval
 from stillhouse.models.loading import load_model
 from stillhouse.models.lora_tensors import AdapterTensors, LoraLayout, adapter_digest, model_layout, write_adapter
-from stillhouse.runtime.files import write_json, write_manifest
+from stillhouse.runtime.files import write_manifest
 from stillhouse.studies.lora_generation.manifest import AdapterRow
-from stillhouse.studies.lora_generation.prompts import PROMPTS_FILE
+from stillhouse.studies.lora_generation.prompts import PROMPTS_FILE, SolvedPrompt, write_prompts
 from stillhouse.studies.lora_generation.teacher_settings import Teacher
 from tests.support.tiny_models import make_tiny_tokenizer
 
@@ -48,7 +48,8 @@ def make_collection(
             adapter = _adapter(layout, 100 * number, shard)
             write_adapter(adapter, directory / name, "tiny")
             prompts = [_TEXTS[task].format(10 * shard + place, place) for place in range(PROMPTS)]
-            write_json(directory / name / PROMPTS_FILE, {"prompts": prompts})
+            solved = [SolvedPrompt(f"{task}-{shard}-{place}", text, " yes") for place, text in enumerate(prompts)]
+            write_prompts(directory / name / PROMPTS_FILE, solved)
             row = AdapterRow(
                 name=name,
                 task=task,

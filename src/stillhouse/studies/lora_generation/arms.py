@@ -110,7 +110,9 @@ def from_collection(
     if "mean_adapter" in wanted:
         mean, mean_seconds = _timed(lambda: mean_adapter([read_adapter(collection.directory / r.name) for r in rows]))
         mean_folder = collection.write(mean, f"mean_adapter/without_{name or 'none'}")
-    embedded = {row.name: _direction(collection, row) for row in rows} if "nearest_adapter" in wanted else {}
+    embedded = {}
+    if "nearest_adapter" in wanted:
+        embedded = {row.name: collection.encoder.embed(collection.texts(row)).mean((0, 1)) for row in rows}
     entries = []
     for case in cases:
         for arm in wanted:
@@ -144,14 +146,9 @@ def _of(case: AdapterRow, arm: Arm, **further: object) -> Subject:
     return Subject(case.task, arm, case.shard, case.seed, **further)  # type: ignore[arg-type]
 
 
-def _direction(collection: Collection, row: AdapterRow) -> Tensor:
-    """The mean embedding of an adapter's prompts."""
-    return collection.encoder.embed(collection.texts(row)).mean(dim=(0, 1))
-
-
 def _nearest(collection: Collection, case: AdapterRow, embedded: Mapping[str, Tensor]) -> str:
-    """The adapter whose prompts' direction has the largest cosine to the case's."""
-    direction = _direction(collection, case)
+    """The adapter whose prompts' mean embedding has the largest cosine to that of the case's, embedded anew."""
+    direction = collection.encoder.embed_anew(collection.texts(case)).mean((0, 1))
     names = sorted(embedded)
     cosines = cosine_similarity(torch.stack([embedded[name] for name in names]), direction[None], dim=1)
     return names[int(cosines.argmax())]

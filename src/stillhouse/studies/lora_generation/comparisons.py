@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
 
 from stillhouse.evaluation.statistics import (
     Estimate,
@@ -24,7 +25,14 @@ from stillhouse.evaluation.statistics import (
     wilson_interval,
 )
 from stillhouse.studies.lora_generation.config import ARMS, Arm
-from stillhouse.studies.lora_generation.results import OF_COLLECTION, Evaluation, Measurement, Subject, load_evaluation
+from stillhouse.studies.lora_generation.results import (
+    OF_COLLECTION,
+    Evaluation,
+    GeneratorFacts,
+    Measurement,
+    Subject,
+    load_evaluation,
+)
 
 Floats = NDArray[np.float64]
 LABELS: dict[Arm, str] = {
@@ -42,7 +50,10 @@ GROUPS = {"held_out_task": "held-out tasks", "held_out_shard": "held-out shards"
 
 @dataclass(frozen=True)
 class Comparison:
-    """The generated arm minus another one: accuracy (above 0 is better), and nats per token (below 0 is better)."""
+    """The generated arm minus another one: accuracy (above 0 is better), and nats per token (below 0 is better).
+
+    Another arm, or the same one of another condition.
+    """
 
     arm: Arm
     accuracy: Estimate
@@ -176,17 +187,20 @@ def seconds(evaluation: Evaluation, tasks: Sequence[str], arm: Arm, condition: s
     return float(np.mean(found)) if found else None
 
 
-def compare(evaluation: Evaluation, tasks: Sequence[str], arm: Arm, condition: str | None = None) -> Comparison:
-    """The generated arm minus another one on the same replicates and items."""
-    own, other = (values(evaluation, tasks, one, "correct", condition) for one in ("generated", arm))
+def compare(
+    evaluation: Evaluation, tasks: Sequence[str], arm: Arm, condition: str | None = None, rival: str | None = None
+) -> Comparison:
+    """The generated arm minus another one, or the same one of condition `rival`, on the same replicates and items."""
+    sides: tuple[tuple[Arm, str | None], ...] = (("generated", condition), (arm, rival or condition))
+    own, other = (values(evaluation, tasks, one, "correct", of) for one, of in sides)
     paired = paired_difference_over_seeds(own, other)
     only_own, only_other = ((a * (1 - b)).sum(axis=1).mean() for a, b in ((own, other), (other, own)))
     rate = paired_rate_interval(only_own, only_other, own.shape[1])
     p_value = mcnemar(own[0], other[0]).p_value if len(own) == 1 else paired.p_value
     # Never narrower than one replicate's interval: a few items that agree are no certainty.
     low, high = (rate.low, rate.high) if len(own) == 1 else (min(paired.low, rate.low), max(paired.high, rate.high))
-    own_nats, other_nats = (values(evaluation, tasks, one, "gold_nll", condition) for one in ("generated", arm))
-    tokens = values(evaluation, tasks, arm, "gold_tokens", condition)[0]
+    own_nats, other_nats = (values(evaluation, tasks, one, "gold_nll", of) for one, of in sides)
+    tokens = values(evaluation, tasks, "generated", "gold_tokens", condition)[0]
     nll = paired_difference_over_seeds(own_nats, other_nats, tokens)
     return Comparison(
         arm,
@@ -197,13 +211,67 @@ def compare(evaluation: Evaluation, tasks: Sequence[str], arm: Arm, condition: s
     )
 
 
+def behaviour_pairs(evaluation: Evaluation) -> list[tuple[str, str]]:
+    """Conditions led by delta activations, each with one that is led by weights alone and is alike in all else."""
+
+    def kin(facts: GeneratorFacts) -> tuple[str, str]:
+        return facts.apart_from_losses, facts.weight_kind
+
+    if "generated" not in arms(evaluation, names(evaluation)):
+        return []
+    generators = evaluation.results.generators
+    alone = [facts for facts in generators if not facts.delta]
+    found = ((led, next((one for one in alone if kin(one) == kin(led)), None)) for led in generators if led.delta)
+    return [(led.condition, rival.condition) for led, rival in found if rival]
+
+
+def nearer(evaluation: Evaluation, tasks: Sequence[str], condition: str, rival: str) -> Estimate:
+    """Cosine to the teacher's delta activation, a condition's adapters minus a rival's, mean over cases.
+
+    Seeds are averaged first. Student's interval: a bootstrap of two or three cases takes them for all there are. One
+    case says nothing of others: its interval is as wide as a difference of cosines can be.
+    """
+    own, other = (_cosines(evaluation, tasks, one) for one in (condition, rival))
+    differences = np.array([own[case] - other[case] for case in own])
+    n, mean = len(differences), float(differences.mean())
+    half = float(stats.t.ppf(0.975, n - 1) * differences.std(ddof=1) / np.sqrt(n)) if n > 1 else np.inf
+    return Estimate(mean, max(-2.0, mean - half), min(2.0, mean + half), n)
+
+
+def _cosines(evaluation: Evaluation, tasks: Sequence[str], condition: str) -> dict[tuple[object, ...], float]:
+    """The mean cosine over seeds of each case."""
+    found: dict[tuple[object, ...], list[float]] = {}
+    for task in tasks:
+        for one in measurements(evaluation, task, "generated", condition):
+            assert one.closeness, "generated adapters have a teacher"
+            found.setdefault((task, one.shard, one.teacher_seed), []).append(one.closeness.cosine)
+    return {case: float(np.mean(cosines)) for case, cosines in found.items()}
+
+
+def weak_teachers(evaluation: Evaluation, tasks: Sequence[str]) -> list[str]:
+    """The cases' teachers that are no better than the base: as upper bound and reference they say little."""
+    results = evaluation.results
+    last = max(row.step for row in results.adapters)
+    cases = {(m.task, m.shard, m.teacher_seed) for m in results.measurements if m.task in tasks}
+    rows = [row for row in results.adapters if row.flagged and row.step == last]
+    return [row.name for row in rows if (row.task, row.shard, row.seed) in cases]
+
+
+def label(evaluation: Evaluation, tasks: Sequence[str], arm: Arm) -> str:
+    """An arm's name in a table; the teacher's says where it is no upper bound."""
+    weak = weak_teachers(evaluation, tasks) if arm == "teacher" else []
+    return f"teacher ({len(weak)} no better than the base)" if weak else LABELS[arm]
+
+
 def sample_note(evaluations: Sequence[Evaluation]) -> str:
     """The n, the cases and the meaning of the intervals, for a figure's last line."""
     results = evaluations[0].results
     counts = sorted({task.items for task in results.tasks})
     cases = {(m.task, m.shard, m.teacher_seed) for m in results.measurements if m.shard is not None}
     seeds = {s.seed for s in results.selections}
+    weak = weak_teachers(evaluations[0], names(evaluations[0]))
+    of_them = f" ({len(weak)} of them no better than the base)" if weak else ""
     return (
-        f"n = {'/'.join(map(str, counts))} test items a task, {len(cases)} held-out adapters, "
+        f"n = {'/'.join(map(str, counts))} test items a task, {len(cases)} held-out adapters{of_them}, "
         f"{len(seeds)} generator seed{'s' * (len(seeds) > 1)}. 95 % intervals over items, cases and seeds."
     )

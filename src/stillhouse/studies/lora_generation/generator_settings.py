@@ -144,11 +144,13 @@ class RunSettings(StrictModel):
 
     @model_validator(mode="after")
     def settings_fit_each_other(self) -> RunSettings:
-        """Refuse settings of the shared loop that this study does not read."""
+        """Refuse settings of the shared loop that this study does not read or offer."""
         unread = TrainingSettings()
         for name in ("method", "lora", "packing"):
             if getattr(self.training, name) != getattr(unread, name):
                 raise SettingError(("training", name), "is not read here: teachers.training has the adapters' settings")
+        if self.training.gradient_checkpointing:
+            raise SettingError(("training", "gradient_checkpointing"), "generators do not offer it: switch it off")
         return self
 
 

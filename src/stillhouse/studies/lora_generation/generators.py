@@ -94,7 +94,7 @@ class Generator(nn.Module):
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[str], encoder: PromptEncoder) -> AdapterTensors:
-        """One adapter for the first prompts, as many as the generator reads.
+        """One adapter, on the CPU, for the first prompts, as many as the generator reads; they are embedded anew.
 
         Raises `UserError` for too few prompts and for another encoder than it was trained with.
         """
@@ -105,9 +105,9 @@ class Generator(nn.Module):
             raise UserError(
                 f"{encoder.path}: is not the text encoder that the generator was trained with: use that one"
             )
-        conditions = encoder.embed(prompts[:wanted]).to(self.condition_mean.device)
+        conditions = encoder.embed_anew(prompts[:wanted]).to(self.condition_mean.device)
         adapter: AdapterTensors = self(conditions[None]).adapter[0]
-        return adapter
+        return adapter.to(torch.device("cpu"))
 
 
 class Guide(nn.Module):

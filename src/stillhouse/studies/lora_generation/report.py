@@ -14,13 +14,16 @@ from stillhouse.runtime.commands import run_step
 from stillhouse.runtime.files import atomic_write_text, staged_directory
 from stillhouse.studies.lora_generation.comparisons import (
     GROUPS,
+    Comparison,
     arms,
-    closeness,
+    behaviour_pairs,
     compare,
     groups,
     load_evaluations,
     names,
+    nearer,
     seconds,
+    weak_teachers,
 )
 from stillhouse.studies.lora_generation.config import Arm
 from stillhouse.studies.lora_generation.results import Evaluation
@@ -50,9 +53,9 @@ CORRECTIONS = (
 )
 COSTS: dict[Arm, str] = {"few_prompt_lora": "training on the prompts", "teacher": "training a teacher"}
 VERDICTS = {
-    "better": "**beat** retrieval",
-    "worse": "**do not beat** retrieval; they are worse",
-    "undecided": "**do not beat** retrieval: the interval includes zero",
+    "better": "**beat** {}",
+    "worse": "**do not beat** {}; they are worse",
+    "undecided": "**do not beat** {}: the interval includes zero",
 }
 NLL_VERDICTS = {
     "better": "lower, and so better",
@@ -84,7 +87,8 @@ def section(evaluations: Sequence[Evaluation], tables: Sequence[Table]) -> str:
         "### Every arm",
         shown["arms"],
         f"<details><summary>Generated minus every other arm</summary>\n\n{shown['paired']}\n</details>",
-        "### Behaviour or weights",
+        "### Does supervising behaviour beat supervising weights?",
+        _listed(finding for one in evaluations for finding in behaviour(one)),
         shown["ablation"],
         shown["clusters"],
         f"<details><summary>Every teacher adapter</summary>\n\n{shown['teachers']}\n</details>",
@@ -97,7 +101,7 @@ def section(evaluations: Sequence[Evaluation], tables: Sequence[Table]) -> str:
 
 
 def findings(one: Evaluation) -> Iterator[str]:
-    """What the generated adapters are worth beside retrieval and training, by group; and whether behaviour helps."""
+    """What the generated adapters are worth beside retrieval and training, by group."""
     name = f"`{one.results.model}`"
     if "generated" not in arms(one, names(one)):
         yield f"{name}: the generated arm was not run."
@@ -121,17 +125,16 @@ def findings(one: Evaluation) -> Iterator[str]:
             sentences.append(f"Making one takes {own:.2f} s" + _beside(one, tasks) + ".")
         yield " ".join(sentences)
     yield from other_conditions(one)
-    yield from behaviour(one)
+    if weak := weak_teachers(one, names(one)):
+        yield (
+            f"{name}: held-out teachers that are no better than the base on their own task bound nothing from above, "
+            f"and to come near to them is no merit: {', '.join(weak)}."
+        )
 
 
 def beside_retrieval(one: Evaluation, tasks: Sequence[str], condition: str | None = None) -> str:
     """Whether a condition's generated adapters beat retrieval, with both differences."""
-    found = compare(one, tasks, "nearest_adapter", condition)
-    return (
-        f"generated adapters {VERDICTS[found.verdict]}: accuracy {_points(found.accuracy)} (paired, "
-        f"n = {found.accuracy.n}); NLL of the right answers {format_estimate(found.gold_nll, 3)} nats per token "
-        f"({NLL_VERDICTS[found.nll_verdict]})."
-    )
+    return f"generated adapters {_judged(compare(one, tasks, 'nearest_adapter', condition), 'retrieval')}."
 
 
 def other_conditions(one: Evaluation) -> Iterator[str]:
@@ -144,20 +147,18 @@ def other_conditions(one: Evaluation) -> Iterator[str]:
 
 
 def behaviour(one: Evaluation) -> Iterator[str]:
-    """Generators that are led by delta activations beside those that are led by weights alone."""
-    generators = one.results.generators
-    alone = [facts.condition for facts in generators if not facts.delta]
-    for group, tasks in groups(one).items():
-        cosines = {
-            facts.condition: closeness(one, tasks, "generated", "cosine", facts.condition) for facts in generators
-        }
-        shown = ", ".join(
-            f"{condition} {value.value:.2f} (n = {value.n})"
-            for condition, value in cosines.items()
-            if value is not None
-        )
-        if alone and len(generators) > len(alone):
-            yield f"`{one.results.model}`, {GROUPS[group]}: cosine to the teacher's delta activation: {shown}."
+    """Whether generators that are led by delta activations beat those that are led by weights alone."""
+    name, pairs = f"`{one.results.model}`", behaviour_pairs(one)
+    if not pairs:
+        yield f"{name}: no two generators that differ in nothing but what leads them were scored: the question is open."
+    for led, rival in pairs:
+        for group, tasks in groups(one, led).items():
+            near, found = nearer(one, tasks, led, rival), compare(one, tasks, "generated", led, rival)
+            yield (
+                f"{name}, {GROUPS[group]} ({', '.join(tasks)}): adapters of `{led}`, led by delta activations, "
+                f"{_judged(found, f'those of `{rival}`, led by weights alone')}; "
+                f"cosine to the teacher's delta activation {format_estimate(near)} (n = {near.n} held-out adapters)."
+            )
 
 
 def notes(one: Evaluation) -> Iterator[str]:
@@ -179,6 +180,15 @@ def notes(one: Evaluation) -> Iterator[str]:
         f"{headline.prompts} prompts and learns from {headline.adapters} adapters; held-out tasks: "
         f"{headline.held_out.replace('+', ', ') or 'none'}. Delta activations: {results.probe_texts} {results.probes} "
         "probes, fp32."
+    )
+
+
+def _judged(found: Comparison, rival: str) -> str:
+    """Whether generated adapters beat a rival, with both differences."""
+    return (
+        f"{VERDICTS[found.verdict].format(rival)}: accuracy {_points(found.accuracy)} (paired, "
+        f"n = {found.accuracy.n}); NLL of the right answers {format_estimate(found.gold_nll, 3)} nats per token "
+        f"({NLL_VERDICTS[found.nll_verdict]})"
     )
 
 

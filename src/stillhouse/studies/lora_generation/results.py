@@ -117,7 +117,10 @@ class TaskFacts(StrictModel):
 
 
 class GeneratorFacts(StrictModel):
-    """What the tables say of a condition. adapters: those that it learns from."""
+    """What the tables say of a condition. adapters: those that it learns from. apart_from_losses: of all its settings.
+
+    Generators of one digest differ in nothing but what their loss weighs.
+    """
 
     condition: str
     held_out: str
@@ -130,6 +133,7 @@ class GeneratorFacts(StrictModel):
     prompts: int
     parameters: int
     adapters: int
+    apart_from_losses: str
 
 
 class ModelResults(StrictModel):

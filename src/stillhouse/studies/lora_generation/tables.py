@@ -8,13 +8,13 @@ from stillhouse.evaluation.statistics import holm
 from stillhouse.reporting.tables import Cell, Column, Table
 from stillhouse.studies.lora_generation.comparisons import (
     GROUPS,
-    LABELS,
     accuracy,
     arms,
     closeness,
     compare,
     gold_nll,
     groups,
+    label,
     names,
     seconds,
 )
@@ -45,7 +45,7 @@ def arms_table(evaluations: Sequence[Evaluation]) -> Table:
                     scores = (accuracy(one, [task], arm), gold_nll(one, [task], arm))
                     near = nearness(one, [task], arm)
                     cost = seconds(one, [task], arm)
-                    rows.append((one.results.model, GROUPS[group], task, LABELS[arm], *scores, *near, cost))
+                    rows.append((one.results.model, GROUPS[group], task, label(one, [task], arm), *scores, *near, cost))
     columns = (
         Column("model"),
         Column("held_out", heading="what is held out"),
@@ -72,7 +72,7 @@ def paired_table(evaluations: Sequence[Evaluation]) -> Table:
         adjusted = zip(holm([c.accuracy_p for c in found]), holm([c.gold_nll_p for c in found]), strict=True)
         for comparison, (p, nll_p) in zip(found, adjusted, strict=True):
             cells = (comparison.accuracy, p, comparison.gold_nll, nll_p, comparison.accuracy.n)
-            rows.append((one.results.model, name, GROUPS[group], LABELS[comparison.arm], *cells))
+            rows.append((one.results.model, name, GROUPS[group], label(one, tasks, comparison.arm), *cells))
     columns = (
         Column("model"),
         Column("condition"),

@@ -10,7 +10,6 @@ from pydantic import Field, model_validator
 from stillhouse.config.base import SettingError, StrictModel
 from stillhouse.config.data import DataSettings, SplitSettings
 from stillhouse.config.training import LoraSettings, ScheduleSettings, TrainingSettings
-from stillhouse.studies.lora_generation.probes import Domain
 
 # How a task is asked, as lm-evaluation-harness does: ARC and PIQA `Question: ... Answer:`, BoolQ the same after its
 # passage, OpenBookQA and HellaSwag the text itself, WinoGrande each name in its blank; `worked`: answers are generated.
@@ -27,7 +26,6 @@ class TaskSettings(DataSettings):
     style: Annotated[Style, Field(description="Form of its prompts; worked: answers are generated, as GSM8K's.")] = (
         "question"
     )
-    domain: Annotated[Domain, Field(description="Domain of its texts, for probes of kind domain.")] = "science"
 
 
 class PlainLoraSettings(LoraSettings):
@@ -172,17 +170,17 @@ class Teacher:
         return f"{self.task}/{self.folder}"
 
 
-def _published(domain: Domain, style: Style, dataset: str, test: str = "test") -> TaskSettings:
-    return TaskSettings(dataset=dataset, style=style, domain=domain, test=SplitSettings(source=test))
+def _published(style: Style, dataset: str, test: str = "test") -> TaskSettings:
+    return TaskSettings(dataset=dataset, style=style, test=SplitSettings(source=test))
 
 
 TASKS: dict[str, TaskSettings] = {
-    "arc_easy": _published("science", "question", "arc_easy"),
-    "arc_challenge": _published("science", "question", "arc_challenge"),
-    "boolq": _published("reading", "passage", "boolq", "validation"),
-    "hellaswag": _published("commonsense", "plain", "hellaswag", "validation"),
-    "winogrande": _published("commonsense", "blank", "winogrande", "validation"),
-    "openbookqa": _published("science", "plain", "openbookqa"),
-    "piqa": _published("commonsense", "question", "piqa_train_packaged", "validation"),
-    "gsm8k": _published("mathematics", "worked", "gsm8k"),
+    "arc_easy": _published("question", "arc_easy"),
+    "arc_challenge": _published("question", "arc_challenge"),
+    "boolq": _published("passage", "boolq", "validation"),
+    "hellaswag": _published("plain", "hellaswag", "validation"),
+    "winogrande": _published("blank", "winogrande", "validation"),
+    "openbookqa": _published("plain", "openbookqa"),
+    "piqa": _published("question", "piqa_train_packaged", "validation"),
+    "gsm8k": _published("worked", "gsm8k"),
 }

@@ -44,19 +44,23 @@ class PromptEncoder:
         return int(read_json(self.path / "config.json")["hidden_size"])
 
     def embed(self, prompts: Sequence[str]) -> Tensor:
-        """Conditions [prompts, vectors, width] fp32 on the CPU; prompts are cut at the encoder's limit, and counted."""
+        """Conditions [prompts, vectors, width] fp32 on the CPU, from `cache` where it has them; see `embed_anew`."""
         file = self.cache / f"{digest(list(prompts))}.npy"
         if not file.is_file():
-            parts = [self._embed(prompts[i : i + self.settings.batch_size]) for i in self._starts(len(prompts))]
             content = io.BytesIO()
-            numpy.save(content, torch.cat(parts).numpy())
+            numpy.save(content, self.embed_anew(prompts).numpy())
             atomic_write_bytes(file, content.getvalue())
         return torch.from_numpy(numpy.load(file, allow_pickle=False))
 
-    def _starts(self, count: int) -> range:
-        if not count:
+    def embed_anew(self, prompts: Sequence[str]) -> Tensor:
+        """The same without `cache`: what new prompts cost. They are cut at the encoder's limit, and counted.
+
+        Raises `UserError` where there is no prompt.
+        """
+        if not prompts:
             raise UserError("prompts: there are none to read: give at least one")
-        return range(0, count, self.settings.batch_size)
+        size = self.settings.batch_size
+        return torch.cat([self._embed(prompts[start : start + size]) for start in range(0, len(prompts), size)])
 
     @cached_property
     def _encoder(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -16,6 +16,7 @@ from stillhouse.studies.lora_generation.comparisons import (
     groups,
     load_evaluations,
     measurements,
+    weak_teachers,
 )
 from stillhouse.studies.lora_generation.config import Arm
 from stillhouse.studies.lora_generation.figures import ARM_STYLES
@@ -46,9 +47,11 @@ def main(step: FigureStep) -> None:
                 axes.set_xlabel(label)
             line[0].set_title(f"{one.results.model}, {GROUPS[group]}", loc="left", fontsize=9, fontweight="bold")
         cases = sum(len(tasks) for _, _, tasks in rows)
+        weak = sum(len(weak_teachers(one, tasks)) for one, _, tasks in rows)
         note = (
             f"A pale point: one case and seed ({cases} tasks); a dark one: their mean. Dashed: the teacher itself. An "
             "adapter with no effect has norm ratio 0 and error 1."
+            + (f" {weak} of the teachers are no better than the base." if weak else "")
         )
         draw_frame(drawing, message(evaluations), note)
         save_figure(drawing, step.output)
