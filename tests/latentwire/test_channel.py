@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
-from latentwire.tiny_readers import FAMILIES, TEXTS, make_families, tiny_reader
+from latentwire.tiny_readers import FAMILIES, TEXTS, make_families, make_tiny_sentence_encoder, tiny_reader
 from safetensors.torch import load_file, save_file
 
 from stillhouse.runtime.errors import UserError
@@ -21,7 +23,8 @@ VARIANTS = {
     "film": {"adapter": {"film": True}},
     "deep": {"reader": {"precision": "fp32", "deep_prefix": True}},
     "adapted readers": {"reader": {"precision": "fp32", "prefix_tuning": 2, "lora": {"rank": 2}}},
-    "language model": {"encoder": {"kind": "language_model", "lora": {"rank": 2}, "model": "gemma"}},
+    "language model": {"encoder": {"kind": "language_model", "lora": {"rank": 2}, "model": "gemma", "max_length": 512}},
+    "sentence": {"encoder": {"kind": "sentence", "model": "tiny_bert", "width": 16, "heads": 2, "max_length": 128}},
     "gist": {"losses": {"gist": 0.1, "gist_bytes": 8}},
 }
 
@@ -32,14 +35,20 @@ def readers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reader]:
     return {family: tiny_reader(paths, family) for family in FAMILIES}
 
 
+@pytest.fixture(scope="module")
+def sentence_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_sentence_encoder(tmp_path_factory.mktemp("encoder") / "tiny_bert")
+
+
 def channel_of(readers: dict[str, Reader], seed: int = 0, **changes: object) -> tuple[Channel, RunSettings]:
     run = run_settings(**changes)
     return Channel.build(run, readers, seed, train_texts=TEXTS), run
 
 
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
-def test_a_checkpoint_holds_what_was_trained_and_brings_the_channel_back(readers, tmp_path, changes):
-    channel, run = channel_of(readers, **changes)
+def test_a_checkpoint_holds_what_was_trained_and_brings_the_channel_back(readers, sentence_encoder, tmp_path, changes):
+    run = run_settings(**changes)
+    channel = Channel.build(run, readers, 0, sentence_encoder, TEXTS)
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in channel.parameters():
@@ -50,7 +59,8 @@ def test_a_checkpoint_holds_what_was_trained_and_brings_the_channel_back(readers
     saved = load_file(checkpoint / WEIGHTS)
     assert saved.keys() == trained_tensors(channel).keys()
     assert sum(value.numel() for value in saved.values()) < 60_000
-    assert not any("embed_tokens" in name or "base_layer" in name for name in saved)
+    frozen = ("embed_tokens", "base_layer", "encoder.model.embeddings", "encoder.model.encoder")
+    assert not any(part in name for name in saved for part in frozen)
 
     @torch.no_grad()
     def outputs(of: Channel) -> list[torch.Tensor]:
@@ -60,7 +70,7 @@ def test_a_checkpoint_holds_what_was_trained_and_brings_the_channel_back(readers
         return [latents.message(), *first]
 
     before = outputs(channel)
-    loaded = Channel.load(checkpoint, run, readers)
+    loaded = Channel.load(checkpoint, run, readers, sentence_encoder)
     for one, other in zip(before, outputs(loaded), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-4)  # other copies lie elsewhere in memory
     assert not any(parameter.requires_grad for parameter in loaded.parameters())

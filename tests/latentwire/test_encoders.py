@@ -7,10 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from latentwire.tiny_readers import TEXTS, make_families, tiny_reader
-from support.tiny_models import make_tiny_tokenizer
+from latentwire.tiny_readers import TEXTS, make_families, make_tiny_sentence_encoder, tiny_reader
 from torch import nn
-from transformers import BertConfig, BertModel
 
 from stillhouse.runtime.errors import UserError
 from stillhouse.studies.latentwire.encoders import (
@@ -30,19 +28,7 @@ KINDS = ("bytes", "sentence", "language_model")
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("models")
-    sentence = folder / "sentence"
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=384,
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=64,
-    )
-    BertModel(config).save_pretrained(sentence)
-    make_tiny_tokenizer().save_pretrained(sentence)
-    return {**make_families(folder), "sentence": sentence}
+    return {**make_families(folder), "sentence": make_tiny_sentence_encoder(folder / "sentence")}
 
 
 def encoder(paths: dict[str, Path], kind: str, **changes: object) -> TextEncoder:
@@ -94,11 +80,11 @@ def test_pooling_ignores_what_stands_under_the_mask():
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_text_that_does_not_fit_is_refused_and_counted(paths, kind):
     module = encoder(paths, kind, max_length=10)
-    with pytest.raises(UserError, match=r"1 of 2 texts are longer than 10 (bytes|tokens) \(the longest has \d+\)"):
-        module.check(["Ada", TEXTS[1]])
+    with pytest.raises(UserError, match=r"1 of 2 test texts are longer than 10 (bytes|tokens) \(the longest has \d+\)"):
+        module.check(["Ada", TEXTS[1]], "test")
     with pytest.raises(UserError, match="nothing is cut"):
         module(["Ada", TEXTS[1]])
-    assert module.check(["Ada"]).cut == 0
+    assert module.check(["Ada"], "test").cut == 0
     assert module(["Ada"]).shape == (1, 4, 8)
 
 
@@ -106,17 +92,17 @@ def test_cutting_must_be_asked_for_and_is_refused_above_its_share(paths, caplog)
     cut = {"max_length": 8, "overlong": "cut_end", "max_cut_share": 0.5}
     module = encoder(paths, "bytes", **cut)
     with caplog.at_level(logging.WARNING):
-        fit = module.check(["short", "much too long"])
+        fit = module.check(["short", "much too long"], "test")
     assert (fit.texts, fit.cut, fit.longest, fit.limit) == (2, 1, 13, 8)
-    assert "1 of 2 texts are cut to 8 bytes" in caplog.text
+    assert "1 of 2 test texts are cut to 8 bytes" in caplog.text
     assert torch.equal(module(["much too long"]), module(["much too"]))
     assert torch.equal(
         encoder(paths, "bytes", **cut | {"overlong": "cut_start"})(["much too long"]), module(["too long"])
     )
-    with pytest.raises(UserError, match="2 of 2 texts"):
-        module.check(["much too long", "also too long"])
-    with pytest.raises(UserError, match="2 of 2 texts"):
-        encoder(paths, "bytes", **cut | {"max_cut_share": 0.99}).check(["much too long", "also too long"])
+    with pytest.raises(UserError, match="2 of 2 test texts"):
+        module.check(["much too long", "also too long"], "test")
+    with pytest.raises(UserError, match="2 of 2 test texts"):
+        encoder(paths, "bytes", **cut | {"max_cut_share": 0.99}).check(["much too long", "also too long"], "test")
 
 
 def test_an_empty_text_has_latents_too(paths):
@@ -130,8 +116,14 @@ def test_the_sentence_encoder_is_frozen_without_dropout_and_has_a_limit_of_its_o
     assert not any(parameter.requires_grad for parameter in module.model.parameters())
     module(TEXTS).sum().backward()
     assert all(parameter.grad is not None for parameter in module.projection.parameters())
-    with pytest.raises(UserError, match=r"encoder.max_length \(65\) is above the 64 tokens"):
-        encoder(paths, "sentence", max_length=65)
+    with pytest.raises(UserError, match=r"encoder.max_length \(129\) is above the 128 tokens"):
+        encoder(paths, "sentence", max_length=129)
+
+
+def test_a_language_model_encoder_takes_no_more_than_the_models_context(paths):
+    assert encoder(paths, "language_model", max_length=2044)([TEXTS[0]]).shape == (1, 4, 8)
+    with pytest.raises(UserError, match=r"encoder.max_length \(2045\) .* above the 2048 tokens that llama takes"):
+        encoder(paths, "language_model", max_length=2045)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma"])

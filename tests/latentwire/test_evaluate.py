@@ -8,16 +8,19 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from torch.nn import functional
 
 from stillhouse.evaluation.reading_comprehension import score_reading_answer
 from stillhouse.runtime.files import read_json, verify_manifest
-from stillhouse.studies.latentwire.config import ARMS, EvaluationSettings
+from stillhouse.studies.latentwire.config import ARMS
 from stillhouse.studies.latentwire.data import read_examples
-from stillhouse.studies.latentwire.evaluate import EvaluateStep, main
-from stillhouse.studies.latentwire.results import COMBINED, Evaluation, load_evaluation
-from stillhouse.studies.latentwire.wire import WireFormat, message_bytes, unpack
+from stillhouse.studies.latentwire.evaluate import main
+from stillhouse.studies.latentwire.laboratory import ChannelRun, Laboratory
+from stillhouse.studies.latentwire.reader import Reader
+from stillhouse.studies.latentwire.results import COMBINED, Evaluation, Subject, load_evaluation
+from stillhouse.studies.latentwire.wire import WireError, WireFormat, message_bytes, read_message
 from tests.latentwire.tiny_readers import FAMILIES, make_families
-from tests.latentwire.tiny_study import load_readers, make_channel, make_data, run_settings
+from tests.latentwire.tiny_study import evaluation_step, load_readers, make_channel, make_data, run_settings
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -41,30 +44,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def evaluate(project: Path, output: Path, **changes: object) -> Evaluation:
-    settings = {
-        "generation": {"max_new_tokens": 3},
-        "batch_size": 3,
-        "wire": {"formats": ["fp16", "int4"], "headline": "int4"},
-    }
-    step = EvaluateStep(
-        models=tuple(project / name for name in FAMILIES),
-        data=project / "data",
-        channels=tuple(project / "channels" / name for name in ("latent", "long")),
-        results=output / "results.json",
-        item_scores=output / "items.parquet",
-        record=output / "run.json",
-        wire=output / "wire",
-        work=project / "work",
-        pair="tiny",
-        model_names=FAMILIES,
-        model_notes=("a", "b"),
-        trust_remote_code=(False, False),
-        dataset="tiny",
-        dataset_note="made up",
-        max_text_bytes=None,
-        evaluation=EvaluationSettings.model_validate(settings | changes),
-    )
-    main(step)
+    channels = [project / "channels" / name for name in ("latent", "long")]
+    main(evaluation_step(project, output, channels, **changes))
     return load_evaluation(output / "results.json")
 
 
@@ -107,7 +88,7 @@ def test_bytes_are_those_of_the_real_wire_files_and_budgets_keep_to_them(project
     for condition, length in (("latent", 3), ("long", 5)):
         for kind in ("fp16", "int4"):
             files = sorted((folder / condition / "seed_42" / kind).glob("*.lwir"))
-            assert len(files) == 4 and unpack(files[0].read_bytes()).shape == (length, 8)
+            assert len(files) == 4 and all(read_message(file).shape == (length, 8) for file in files)
             expected = message_bytes(length, 8, WireFormat(kind))
             assert {file.stat().st_size for file in files} == {expected}
             rows = of(evaluation, condition=condition, wire=kind).dropna(subset=["gold_nll"])
@@ -154,6 +135,31 @@ def test_oracle_is_never_below_a_reader_and_joint_takes_one_of_their_answers(eva
         assert by_reader["joint_rescoring"].loc[item, "output"] in {answer["output"] for answer in answers}
 
 
+def nats_per_token(reader: Reader, text: str, answer: str) -> float:
+    """The plain way: one sequence of token ids without batch, cache or embeddings."""
+    prompt, ids = reader.text_prompt(text), reader.answer_ids(answer)
+    with torch.no_grad():
+        logits = reader.model(input_ids=torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1]
+    return functional.cross_entropy(logits, torch.tensor(ids)).item()
+
+
+def test_the_joint_choice_is_the_answer_that_all_readers_together_find_likeliest_per_token(
+    project: Path, evaluation: Evaluation
+) -> None:
+    readers = load_readers({name: project / name for name in FAMILIES}, run_settings())
+    written = {
+        name: of(evaluation, arm="full_text", reader=name).set_index("item_id")["output"]
+        for name in (*FAMILIES, "joint_rescoring")
+    }
+    differ = 0
+    for example in read_examples(project / "data" / "test.jsonl").examples:
+        answers = {written[name][example.id] for name in FAMILIES}
+        totals = {one: sum(nats_per_token(reader, example.text, one) for reader in readers.values()) for one in answers}
+        assert written["joint_rescoring"][example.id] == min(totals, key=lambda one: totals[one])
+        differ += len(answers) > 1
+    assert differ
+
+
 def test_a_finished_evaluation_computes_nothing_again_and_leaves_the_same_bytes(
     project: Path, evaluation: Evaluation, tmp_path: Path
 ) -> None:
@@ -170,6 +176,33 @@ def test_a_new_budget_computes_the_byte_arms_of_that_budget_alone(
     sizes = sorted({one.budget for one in evaluation.results.measurements if one.arm == "byte_budget_cut"})
     evaluate(project, tmp_path, byte_budgets=[*sizes, 41])
     assert read_json(tmp_path / "run.json")["parts_computed"] == 4  # two arms, two readers
+
+
+def test_a_wire_file_that_the_disk_damages_is_named_and_nothing_is_left(
+    project: Path, evaluation: Evaluation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Path.write_bytes
+
+    def losing_a_byte(path: Path, data: bytes) -> int:
+        return whole(path, data[:-1] if path.name.startswith("00002-") else data)
+
+    monkeypatch.setattr(Path, "write_bytes", losing_a_byte)
+    with pytest.raises(WireError, match=r"fp16/00002-q_42\.lwir: wire message: has \d+ bytes"):
+        evaluate(project, tmp_path)
+    assert not (tmp_path / "wire").exists()
+
+
+def test_the_seconds_of_a_latent_include_its_encoding_and_packing(project: Path) -> None:
+    run = ChannelRun.read(project / "channels" / "latent")
+    lab = Laboratory({name: (project / name, False) for name in FAMILIES}, run.run.reader, 3, "1.1")
+    examples = read_examples(project / "data" / "test.jsonl").examples
+    sent = lab.messages(run, 1, WireFormat("int4"), examples)
+    assert (sent["seconds"] > 0).all()
+    subject = Subject("latent", "llama", *run.key, step=1, wire="int4")
+    slow = lab.latent_rows(subject, run, sent.assign(seconds=sent["seconds"] + 1000), examples, None)
+    assert slow["seconds"].between(1000, 1100).all()
+    text = lab.text_rows(Subject("full_text", "llama"), examples, None)
+    assert (text["seconds"] > 0).all()
 
 
 @pytest.mark.parametrize("selection", ["f1", "last", "best_on_test"])

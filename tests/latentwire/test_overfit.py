@@ -101,7 +101,7 @@ def test_on_a_handful_of_examples_the_latent_arm_reaches_the_text_arm(tmp_path, 
     run = RunSettings.model_validate(
         {
             "latent": {"length": 4, "dimension": 32},
-            "encoder": {"kind": encoder, "layers": 1, "width": 32, "heads": 4, "lora": {"rank": 4}},
+            "encoder": {"kind": encoder, "layers": 1, "width": 32, "heads": 4, "lora": {"rank": 4}, "max_length": 512},
             "reader": {"precision": "fp32"},
         }
     )

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from latentwire.tiny_readers import ANSWERS, FAMILIES, TEXTS, answers_of, make_families, tiny_reader
+from support.tiny_models import tiny_llama_config
 from torch.nn import functional
+from transformers import LlamaForCausalLM
 
 from stillhouse.models.loading import load_tokenizer
 from stillhouse.runtime.errors import UserError
@@ -15,6 +17,7 @@ from stillhouse.studies.latentwire.config import AnswerGenerationSettings
 from stillhouse.studies.latentwire.decoding import first_tokens
 from stillhouse.studies.latentwire.prompt import Prefix
 from stillhouse.studies.latentwire.reader import Reader
+from stillhouse.studies.latentwire.run_settings import ReaderSettings
 
 PACKAGED = Path(__file__).parents[2] / "resources" / "models"
 
@@ -130,6 +133,21 @@ def test_keys_and_values_before_the_prompt_act_as_a_text_that_was_read_before(pa
     assert torch.allclose(deep, naive_answer_logits(reader, prompt, ANSWERS[0]), atol=1e-4)
 
 
+def test_a_prompt_that_ends_above_the_models_context_is_refused(paths, family):
+    reader = tiny_reader(paths, family)
+    prompts, answers = [reader.text_prompt(text) for text in TEXTS], ("a much longer answer than that", "17")
+    lengths = [len(prompt) + len(reader.answer_ids(one)) for prompt, one in zip(prompts, answers, strict=True)]
+    batch, needed = reader.text_embeddings(prompts), max(lengths)
+    reader.model.config.max_position_embeddings = needed
+    reader.answer_rows(batch, answers_of(reader, answers))  # padding makes it wider than any of its rows
+    reader.model.config.max_position_embeddings = needed - 1
+    with pytest.raises(UserError, match=f"{family}: .* has {needed} tokens, the model takes {needed - 1}: nothing is"):
+        reader.answer_rows(batch, answers_of(reader, answers))
+    reader.model.config.max_position_embeddings = len(prompts[1]) - 1
+    with pytest.raises(UserError, match=r"task\.max_text_bytes"):
+        reader.generate(batch, AnswerGenerationSettings())
+
+
 def test_a_dropped_vector_is_not_seen(paths, family):
     reader = tiny_reader(paths, family)
     torch.manual_seed(0)
@@ -175,17 +193,50 @@ def test_the_answers_first_token_follows_the_anchor(paths, family):
     assert_anchor_and_answer_meet(tiny_reader(paths, family))
 
 
-@pytest.mark.parametrize("name", ["smollm2_135m", "gemma3_270m", "qwen25_coder_05b"])
-def test_the_answers_first_token_follows_the_anchor_in_packaged_tokenizers(paths, name):
-    """The real tokenizers, where a run of the workflow has put them; the tiny models stand in for the weights."""
-    if not (PACKAGED / name).is_dir():
-        pytest.skip(f"resources/models/{name} is not materialised")
-    reader = tiny_reader(paths, "llama")
-    real = Reader(name, reader.model, load_tokenizer(PACKAGED / name), reader.settings)
-    assert_anchor_and_answer_meet(real)
-    assert real.bos_ids == ([2] if name == "gemma3_270m" else [])
-    start = real.text_prompt(TEXTS[0], "content_only")
-    assert start == real.tokenizer(TEXTS[0]).input_ids + real.anchor_ids
+@pytest.fixture(params=["smollm2_135m", "gemma3_270m", "qwen25_coder_05b"])
+def packaged(request: pytest.FixtureRequest) -> Path:
+    """A real model's directory, where a run of the workflow has put it."""
+    if not (PACKAGED / request.param).is_dir():
+        pytest.skip(f"resources/models/{request.param} is not materialised")
+    return PACKAGED / str(request.param)
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_anchor_bos_padding_and_the_first_step_hold_for_packaged_tokenizers(packaged, padding):
+    """A tiny model with as many embeddings stands in for the weights."""
+    tokenizer = load_tokenizer(packaged)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(tiny_llama_config(len(tokenizer))).eval()
+    reader = Reader(packaged.name, model, tokenizer, ReaderSettings(precision="fp32", padding=padding))
+    assert_anchor_and_answer_meet(reader)
+    assert reader.bos_ids == ([2] if packaged.name == "gemma3_270m" else [])
+    assert reader.text_prompt(TEXTS[0], "content_only") == tokenizer(TEXTS[0]).input_ids + reader.anchor_ids
+
+    rows, answers = [reader.answer_ids(answer) for answer in ANSWERS], answers_of(reader)
+    assert len(rows[0]) != len(rows[1])
+    for ids, labels, mask in zip(rows, answers.labels.tolist(), answers.attention_mask.tolist(), strict=True):
+        padded = answers.labels.shape[1] - len(ids)
+        # Where the pad token is the one that ends an answer, the end is a label all the same.
+        assert labels == ids + [-100] * padded and mask == [1] * len(ids) + [0] * padded
+    prompts = [reader.text_prompt(text) for text in TEXTS]
+    batch = reader.text_embeddings(prompts)
+    assert batch.attention_mask.sum(1).tolist() == [len(prompt) for prompt in prompts]
+    expected = [naive_answer_logits(reader, prompt, one) for prompt, one in zip(prompts, ANSWERS, strict=True)]
+    assert torch.allclose(reader.answer_logits(batch, answers), torch.cat(expected), atol=1e-4)
+    for prompt in (batch, reader.prompt_embeddings(torch.randn(2, 3, reader.hidden_size))):
+        reader.check_first_step(prompt, answers)
+
+
+@pytest.mark.slow
+def test_training_and_generation_agree_on_the_first_token_of_packaged_models(packaged):
+    reader = Reader.load(packaged.name, packaged, ReaderSettings(precision="fp32"))
+    torch.manual_seed(0)
+    vectors = torch.randn(2, 3, reader.hidden_size) * reader.vocabulary_rms
+    for padding in ("left", "right"):
+        reader.adapt(ReaderSettings(precision="fp32", padding=padding), seed=0)
+        texts = reader.text_embeddings([reader.text_prompt(text) for text in TEXTS])
+        for prompt in (texts, reader.prompt_embeddings(vectors)):
+            reader.check_first_step(prompt, answers_of(reader))
 
 
 def test_an_anchor_that_joins_the_answer_is_refused(paths):

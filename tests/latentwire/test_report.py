@@ -11,6 +11,7 @@ import pytest
 from stillhouse.runtime.commands import parse_settings
 from stillhouse.studies.latentwire.comparisons import GOLD_NLL, load_evaluations, same_bytes
 from stillhouse.studies.latentwire.report import FIGURES, ReportStep, main
+from stillhouse.studies.latentwire.results import measure
 from tests.latentwire.fake_results import READERS, fake_evaluation
 
 
@@ -62,8 +63,18 @@ def test_the_curve_has_every_channel_in_every_format_with_its_bytes(tmp_path: Pa
     rows = read(tables / "curve.csv")
     assert len(rows) == len(READERS) * 3 * 4
     for row in rows:
+        assert float(row["token_ratio"]) == pytest.approx(150 / int(row["length"]))
         assert float(row["byte_ratio"]) == pytest.approx(700 / float(row["bytes"]))
         assert float(row["difference"]) == pytest.approx(float(row["f1"]) - float(row["text_f1"]))
+
+
+def test_the_first_token_counts_at_1_and_at_5_by_the_rank_of_the_best_gold_answer(tmp_path: Path) -> None:
+    (evaluation,) = load_evaluations([fake_evaluation(tmp_path, items=8)])
+    items = evaluation.items
+    rows = items[(items["arm"] == "full_text") & (items["reader"] == READERS[0])]
+    (found,) = measure(rows.assign(first_token_rank=[1, 2, 5, 5, 6, 6, 40, 1]))
+    assert found.first_at_1 and found.first_at_5
+    assert (found.first_at_1.value, found.first_at_5.value) == (0.25, 0.625)
 
 
 def test_the_smallest_choice_of_arms_still_has_a_section(tmp_path: Path) -> None:

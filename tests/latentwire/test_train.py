@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from latentwire.tiny_readers import FAMILIES, make_families
+from latentwire.tiny_readers import FAMILIES, make_families, make_tiny_sentence_encoder
 from safetensors.torch import load_file
 
 from stillhouse.config.training import TrackingSettings
+from stillhouse.data.records import write_records
 from stillhouse.runtime.errors import UserError
 from stillhouse.runtime.files import read_json, verify_manifest, write_manifest
 from stillhouse.studies.latentwire import train as train_module
 from stillhouse.studies.latentwire.channel import WEIGHTS, Channel
 from stillhouse.studies.latentwire.curves import DIAGNOSTICS_FILE, read_diagnostics
+from stillhouse.studies.latentwire.evaluate import main as evaluate
 from stillhouse.studies.latentwire.objective import LatentWireObjective
+from stillhouse.studies.latentwire.results import load_evaluation
 from stillhouse.studies.latentwire.train import TrainStep, main
 from stillhouse.training.tracking import METRICS_FILE, read_metrics
-from tests.latentwire.tiny_study import make_data, run_settings
+from tests.latentwire.tiny_study import evaluation_step, make_data, questions, run_settings
 
 TRAINING = {
     "steps": 6,
@@ -38,6 +42,8 @@ RUN: dict[str, Any] = {
     "diagnostics_every": 2,
     "training": TRAINING,
 }
+BYTES = {"layers": 1, "width": 16, "heads": 2}
+OWN_MODEL = {"kind": "language_model", "lora": {"rank": 2, "dropout": 0.0}, "max_length": 512}
 Step = Callable[..., TrainStep]
 
 
@@ -55,6 +61,7 @@ def on_the_processor(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("study")
     make_families(folder)
+    make_tiny_sentence_encoder(folder / "tiny_bert")
     make_data(folder / "data")
     return folder
 
@@ -65,6 +72,7 @@ def make_step(folder: Path, tmp_path: Path) -> Step:
         return TrainStep(
             models=tuple(folder / family for family in FAMILIES),
             data=data or folder / "data",
+            encoder=folder / "tiny_bert" if run.get("encoder", {}).get("kind") == "sentence" else None,
             output=tmp_path / name / "output",
             work=tmp_path / name / "work",
             names=FAMILIES,
@@ -132,7 +140,7 @@ def test_training_changes_the_channel_and_never_the_readers(make_step, monkeypat
 
     before: dict[str, torch.Tensor] = {}
     monkeypatch.setattr(Channel, "build", remembered)
-    main(make_step(reader={"precision": "fp32"}, encoder={"kind": "language_model", "lora": {"rank": 2}}))
+    main(make_step(encoder=OWN_MODEL))
     changed = {name for name, value in channels[0].named_parameters() if not torch.equal(value, before[name])}
     frozen = {name for name in before if name.startswith("readers.") or ".base_layer." in name}
     assert not changed & frozen
@@ -140,13 +148,24 @@ def test_training_changes_the_channel_and_never_the_readers(make_step, monkeypat
     assert any("lora_B" in name for name in changed)
 
 
+def test_a_sentence_encoder_is_trained_around_saved_without_and_named_for_the_evaluation(make_step, folder, tmp_path):
+    sentence = {"kind": "sentence", "model": "tiny_bert", "width": 16, "heads": 2, "max_length": 128}
+    step = make_step(encoder=sentence)
+    main(step)
+    assert not any(name.startswith("encoder.model.") for name in weights(step))
+    assert {"encoder.projection.weight", "encoder.pooling.queries"} <= weights(step).keys()
+    arms = {"arms": ["latent", "full_text"]}
+    with pytest.raises(UserError, match=r"output: needs the sentence encoder 'tiny_bert': name it in encoders"):
+        evaluate(evaluation_step(folder, tmp_path / "evaluation", [step.output], **arms))
+    evaluate(evaluation_step(folder, tmp_path / "evaluation", [step.output], [folder / "tiny_bert"], **arms))
+    results = load_evaluation(tmp_path / "evaluation" / "results.json").results
+    assert [(one.encoder, one.cut_texts) for one in results.channels] == [("sentence", 0)]
+    assert all(results.of("latent", reader) for reader in FAMILIES)
+
+
 def test_recomputed_activations_give_the_same_weights(make_step):
-    plain = make_step("plain", encoder={"kind": "language_model", "lora": {"rank": 2, "dropout": 0.0}})
-    frugal = make_step(
-        "frugal",
-        encoder={"kind": "language_model", "lora": {"rank": 2, "dropout": 0.0}},
-        training=TRAINING | {"gradient_checkpointing": True},
-    )
+    plain = make_step("plain", encoder=OWN_MODEL)
+    frugal = make_step("frugal", encoder=OWN_MODEL, training=TRAINING | {"gradient_checkpointing": True})
     for step in (plain, frugal):
         main(step)
     for name, value in weights(plain).items():
@@ -154,13 +173,24 @@ def test_recomputed_activations_give_the_same_weights(make_step):
 
 
 def test_a_text_that_the_encoder_cannot_take_is_refused_before_training(make_step):
-    short = {"layers": 1, "width": 16, "heads": 2, "max_length": 80}
-    with pytest.raises(UserError, match=r"encoder.max_length: \d of 6 texts are longer than 80 bytes"):
-        main(make_step(encoder=short))
-    step = make_step(encoder=short | {"max_length": 120}, max_text_bytes=120)
+    with pytest.raises(UserError, match=r"encoder.max_length: \d of 6 train texts are longer than 80 bytes"):
+        main(make_step(encoder=BYTES | {"max_length": 80}))
+    step = make_step(encoder=BYTES | {"max_length": 120}, max_text_bytes=120)
     main(step)
     record = read_json(step.output / "run.json")
     assert record["left_out"] > 0 and record["examples"] + record["left_out"] == 6
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_a_text_that_only_evaluation_would_refuse_is_refused_before_training(make_step, tmp_path, split):
+    data = make_data(tmp_path / "data")
+    [long] = questions(1)
+    write_records(data / f"{split}.jsonl", [replace(long, context=long.context * 40)])
+    write_manifest(data)
+    step = make_step(data=data, encoder=BYTES | {"max_length": 400})
+    with pytest.raises(UserError, match=f"encoder.max_length: 1 of 1 {split} texts are longer than 400 bytes"):
+        main(step)
+    assert not list(step.work.rglob("checkpoint-*"))
 
 
 def test_a_damaged_input_is_named(make_step, folder, tmp_path):

@@ -9,7 +9,15 @@ import pytest
 import torch
 
 from stillhouse.studies.latentwire.run_settings import WireKind
-from stillhouse.studies.latentwire.wire import HEADER_BYTES, WireError, WireFormat, message_bytes, pack, unpack
+from stillhouse.studies.latentwire.wire import (
+    HEADER_BYTES,
+    WireError,
+    WireFormat,
+    message_bytes,
+    pack,
+    read_message,
+    unpack,
+)
 
 KINDS: tuple[WireKind, ...] = ("fp16", "int8", "int6", "int4")
 SHAPES = ((1, 1), (3, 5), (8, 64), (7, 33), (32, 256))
@@ -90,6 +98,20 @@ def test_any_damage_to_a_message_is_refused(kind):
         if bytes(damaged) != message:
             with pytest.raises(WireError, match="wire message"):
                 unpack(bytes(damaged))
+
+
+def test_a_damaged_wire_file_is_one_line_that_names_the_file(tmp_path):
+    whole, path = pack(latents(2, 8), WireFormat("int6")), tmp_path / "00003-question.lwir"
+    path.write_bytes(whole)
+    assert torch.equal(read_message(path), unpack(whole))
+    for damaged, fault in ((whole[:-1], "truncated"), (b"", "truncated"), (whole[:-1] + b"\xff", "checksum")):
+        path.write_bytes(damaged)
+        with pytest.raises(WireError, match=rf"00003-question\.lwir: wire message: .*{fault}") as caught:
+            read_message(path)
+        assert "\n" not in str(caught.value)
+    path.unlink()
+    with pytest.raises(WireError, match=r"00003-question\.lwir: cannot be read \(No such file"):
+        read_message(path)
 
 
 def test_random_bytes_are_refused():

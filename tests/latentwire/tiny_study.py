@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from safetensors.torch import save_file
 from stillhouse.data.records import ReadingQuestion, write_records
 from stillhouse.runtime.files import write_json, write_manifest
 from stillhouse.studies.latentwire.channel import WEIGHTS, Channel
+from stillhouse.studies.latentwire.config import EvaluationSettings
+from stillhouse.studies.latentwire.evaluate import EvaluateStep
 from stillhouse.studies.latentwire.reader import Reader
 from stillhouse.studies.latentwire.run_settings import RunSettings
 from stillhouse.training.checkpoints import trained_tensors
@@ -60,6 +63,36 @@ def run_settings(**changes: Any) -> RunSettings:
 def load_readers(paths: dict[str, Path], run: RunSettings) -> dict[str, Reader]:
     """Both families, in the pair's order."""
     return {name: Reader.load(name, paths[name], run.reader) for name in FAMILIES}
+
+
+def evaluation_step(
+    folder: Path, output: Path, channels: Sequence[Path], encoders: Sequence[Path] = (), **changes: Any
+) -> EvaluateStep:
+    """The evaluation of channels on the families and the `data` of `folder`, whose `work` keeps what is computed."""
+    settings = {
+        "generation": {"max_new_tokens": 3},
+        "batch_size": 3,
+        "wire": {"formats": ["fp16", "int4"], "headline": "int4"},
+    }
+    return EvaluateStep(
+        models=tuple(folder / name for name in FAMILIES),
+        data=folder / "data",
+        channels=tuple(channels),
+        encoders=tuple(encoders),
+        results=output / "results.json",
+        item_scores=output / "items.parquet",
+        record=output / "run.json",
+        wire=output / "wire",
+        work=folder / "work",
+        pair="tiny",
+        model_names=FAMILIES,
+        model_notes=("a", "b"),
+        trust_remote_code=(False, False),
+        dataset="tiny",
+        dataset_note="made up",
+        max_text_bytes=None,
+        evaluation=EvaluationSettings.model_validate(settings | changes),
+    )
 
 
 def make_channel(

@@ -108,6 +108,13 @@ def test_a_change_of_a_module_reruns_exactly_what_it_reaches(
             {"latentwire_train": 1, **AFTER_TRAINING},
         ),
         ({"sweeps": {"length": {"axes": {"latent.length": [2, 4]}}}}, {"latentwire_train": 1, **AFTER_TRAINING}),
+        (
+            {
+                "conditions": ["latent", "prefix_kd", "sentence_encoder"],
+                "condition_settings": {"sentence_encoder": {"encoder": {"model": "tiny"}}},
+            },
+            {"latentwire_train": 1, **AFTER_TRAINING},
+        ),
         ({"defaults": {"reader": {"anchor": "The answer is: "}}}, {**CACHES, **TRAIN}),
         ({"seeds": [42, 7]}, TRAIN),
         ({"task": {"max_text_bytes": 150}}, {**CACHES, **TRAIN}),

@@ -93,8 +93,10 @@ def present_replay(
     return Presentation(render, [prompt.content for prompt in prompts], [None] * len(prompts))
 
 
-def present_latents(reader: Reader, channel: Channel, messages: Sequence[bytes]) -> Presentation:
-    """What one reader makes of wire messages: unpacked, and through its adapter."""
+def present_latents(
+    reader: Reader, channel: Channel, messages: Sequence[bytes], prepared: Sequence[float] | float = 0.0
+) -> Presentation:
+    """What one reader makes of wire messages, which took `prepared` seconds: unpacked, and through its adapter."""
 
     def render(indices: Sequence[int]) -> Prompt:
         received = torch.stack([unpack(messages[index]) for index in indices]).to(reader.device)
@@ -102,7 +104,7 @@ def present_latents(reader: Reader, channel: Channel, messages: Sequence[bytes])
 
     run: RunSettings = channel.run
     length = run.latent.per_model(len(channel.readers))
-    return Presentation(render, [length] * len(messages), [len(message) for message in messages])
+    return Presentation(render, [length] * len(messages), [len(message) for message in messages], prepared)
 
 
 def _whole(reader: Reader, text: str, size: int) -> TextPrompt:

@@ -55,19 +55,19 @@ class TextEncoder(nn.Module):
         """The text as the encoder's own units."""
         raise NotImplementedError
 
-    def check(self, texts: Sequence[str]) -> Fit:
-        """Count the texts that would be cut; UserError where they are more than the settings allow."""
+    def check(self, texts: Sequence[str], split: str) -> Fit:
+        """Count the texts of a split that would be cut; UserError where they are more than the settings allow."""
         lengths = [len(self.ids(text)) for text in texts]
         limit = self.settings.max_length
         fit = Fit(len(texts), sum(length > limit for length in lengths), max(lengths, default=0), limit)
         allowed = 0.0 if self.settings.overlong == "error" else self.settings.max_cut_share
         if fit.cut > allowed * fit.texts:
             raise UserError(
-                f"encoder.max_length: {fit.cut} of {fit.texts} texts are longer than {limit} {self.units} (the longest "
-                f"has {fit.longest}): raise it, or leave them out with task.max_text_bytes"
+                f"encoder.max_length: {fit.cut} of {fit.texts} {split} texts are longer than {limit} {self.units} (the "
+                f"longest has {fit.longest}): raise it, or leave them out with task.max_text_bytes"
             )
         if fit.cut:
-            logger.warning("encoder: %d of %d texts are cut to %d %s", fit.cut, fit.texts, limit, self.units)
+            logger.warning("encoder: %d of %d %s texts are cut to %d %s", fit.cut, fit.texts, split, limit, self.units)
         return fit
 
     def fitted(self, texts: Sequence[str]) -> list[list[int]]:
@@ -178,6 +178,12 @@ class LanguageModelEncoder(TextEncoder):
 
     def __init__(self, settings: EncoderSettings, latent: LatentSettings, reader: Reader, seed: int) -> None:
         super().__init__(settings)
+        limit = reader.context_length
+        if limit is not None and settings.max_length + latent.length > limit:
+            raise UserError(
+                f"encoder.max_length ({settings.max_length}) and latent.length ({latent.length}) are together above "
+                f"the {limit} tokens that {reader.name} takes: lower encoder.max_length"
+            )
         self.tokenizer, self.bos_ids = reader.tokenizer, reader.bos_ids
         self.model: Any = add_lora(_sharing_weights(reader.release()), settings.lora, seed)
         size = reader.vocabulary_rms

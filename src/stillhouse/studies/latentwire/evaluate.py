@@ -50,7 +50,7 @@ from stillhouse.studies.latentwire.results import (
     measure,
     select_checkpoints,
 )
-from stillhouse.studies.latentwire.wire import WireFormat, message_bytes
+from stillhouse.studies.latentwire.wire import WireFormat, message_bytes, read_message
 
 MODULE = "stillhouse.studies.latentwire.evaluate"
 
@@ -224,17 +224,17 @@ class EvaluationJob:
         """One subject's rows, in the order of the split's examples."""
         examples = self.questions[split].examples
         run = self.runs.get((subject.condition, subject.seed))
-        messages = list(self.messages(replace(subject, reader=""), split)["message"]) if subject.wire else None
+        sent = self.messages(replace(subject, reader=""), split) if subject.wire else None
         if subject.reader in COMBINED:
             outputs = {name: self._outputs[replace(subject, reader=name)] for name in self.step.model_names}
             if subject.reader == JOINT:
-                rows = self.lab.joint_rows(subject, outputs, run, messages, examples)
+                rows = self.lab.joint_rows(subject, outputs, run, sent, examples)
             elif subject.reader == AGREEMENT:
                 rows = agreement_rows(examples, outputs)
             else:
                 rows = oracle_rows(examples, outputs, self.lab.version)
-        elif messages is not None and run is not None:
-            rows = self.lab.latent_rows(subject, run, messages, examples, generation)
+        elif sent is not None and run is not None:
+            rows = self.lab.latent_rows(subject, run, sent, examples, generation)
         elif subject.arm in REPLAY:
             rows = self.lab.replay_rows(subject, run, examples, generation)
         else:
@@ -243,18 +243,17 @@ class EvaluationJob:
         return sizes.merge(rows, on="item_id", validate="1:1")
 
     def _messages(self, subject: Subject, split: Split) -> pd.DataFrame:
-        """What this channel sends in this format for each of the split's examples, and how many texts were cut."""
+        """What this channel sends in this format for each of the split's examples, as `Laboratory.messages` has it."""
         assert subject.wire
         part = self._part(subject, split, None, kind="messages")
         if not part.is_file():
             run = self.runs[subject.condition, subject.seed]
             wire = WireFormat(subject.wire, self.settings.wire.group_size)
-            sent, cut = self.lab.messages(run, subject.step, wire, self.questions[split].examples)
-            write_part(pd.DataFrame({"message": sent, "cut": cut}), part)
+            write_part(self.lab.messages(run, subject.step, wire, self.questions[split].examples), part)
         return pd.read_parquet(part)
 
     def write_messages(self, directory: Path, subjects: Iterable[Subject]) -> None:
-        """One file a prompt of the test split: `<condition>/seed_<seed>/<format>/<number>-<id>.lwir`."""
+        """One file a prompt of the test split, read back: `<condition>/seed_<seed>/<format>/<number>-<id>.lwir`."""
         sent = {replace(one, reader="") for one in subjects if one.wire}
         with staged_directory(directory) as staging:
             for subject in sorted(sent, key=lambda one: one.key):
@@ -265,8 +264,9 @@ class EvaluationJob:
                     zip(self.questions["test"].examples, messages, strict=True)
                 ):
                     # The number keeps two ids apart that differ in what a file name cannot hold.
-                    name = f"{number:05d}-{re.sub(r'[^A-Za-z0-9._-]', '_', example.id)}.lwir"
-                    (folder / name).write_bytes(message)
+                    path = folder / f"{number:05d}-{re.sub(r'[^A-Za-z0-9._-]', '_', example.id)}.lwir"
+                    path.write_bytes(message)
+                    read_message(path)
             write_manifest(staging)
 
     def channel_facts(self, selections: Sequence[Selection]) -> tuple[ChannelFacts, ...]:

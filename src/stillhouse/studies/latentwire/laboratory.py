@@ -6,11 +6,13 @@ Stands between the arms and `evaluate`, which decides what is computed. Everythi
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 from safetensors import safe_open
@@ -110,31 +112,34 @@ class Laboratory:
         return self.readers
 
     @torch.no_grad()
-    def messages(
-        self, run: ChannelRun, step: int, wire: WireFormat, examples: Sequence[WireExample]
-    ) -> tuple[list[bytes], int]:
-        """What goes over the wire for each example, and how many texts the encoder had to cut.
+    def messages(self, run: ChannelRun, step: int, wire: WireFormat, examples: Sequence[WireExample]) -> pd.DataFrame:
+        """What goes over the wire for each example, in their order.
 
-        Raises `UserError` where these are more than the channel's settings allow.
+        Columns: message; seconds, each one's share of encoding and packing its batch; cut, how many of all texts the
+        encoder had to cut. Raises `UserError` where these are more than the channel's settings allow.
         """
         channel, texts = self.channel(run, step), [example.text for example in examples]
-        cut, sent = channel.encoder.check(texts).cut, []
+        cut, rows = channel.encoder.check(texts, "evaluated").cut, []
         for batch in batches(range(len(texts)), self.batch_size):
-            sent += [pack(one, wire) for one in channel.encode([texts[index] for index in batch]).message()]
-        return sent, cut
+            began = time.monotonic()
+            sent = [pack(one, wire) for one in channel.encode([texts[index] for index in batch]).message()]
+            seconds = (time.monotonic() - began) / len(batch)
+            rows += [(message, seconds, cut) for message in sent]
+        return pd.DataFrame(rows, columns=["message", "seconds", "cut"])
 
     def latent_rows(
         self,
         subject: Subject,
         run: ChannelRun,
-        messages: Sequence[bytes],
+        sent: pd.DataFrame,
         examples: Sequence[WireExample],
         generation: AnswerGenerationSettings | None,
     ) -> pd.DataFrame:
-        """The rows of one reader that reads wire messages."""
+        """The rows of one reader that reads wire messages (`sent` as `messages` gives them)."""
         channel = self.channel(run, subject.step)
         reader = self.readers[subject.reader]
-        return self._rows(reader, examples, present_latents(reader, channel, messages), generation)
+        presentation = present_latents(reader, channel, list(sent["message"]), list(sent["seconds"]))
+        return self._rows(reader, examples, presentation, generation)
 
     def text_rows(
         self, subject: Subject, examples: Sequence[WireExample], generation: AnswerGenerationSettings | None
@@ -171,19 +176,19 @@ class Laboratory:
         subject: Subject,
         outputs: Outputs,
         run: ChannelRun | None,
-        messages: Sequence[bytes] | None,
+        sent: pd.DataFrame | None,
         examples: Sequence[WireExample],
     ) -> pd.DataFrame:
         """Of all readers' answers, by reader, the one that the readers together find most likely per token.
 
-        messages: what they read; None where they read the full text.
+        sent: the messages that they read; None where they read the full text.
         """
         totals: dict[str, list[float]] = {name: [0.0] * len(examples) for name in outputs}
         channel = self.channel(run, subject.step) if run else None
         readers = self.readers if channel else self.text_readers()
         for reader in readers.values():
-            if channel and messages is not None:
-                presentation = present_latents(reader, channel, messages)
+            if channel and sent is not None:
+                presentation = present_latents(reader, channel, list(sent["message"]))
             else:
                 presentation, _ = self._texts(subject, reader, examples)
             for name, candidates in outputs.items():
@@ -196,9 +201,13 @@ class Laboratory:
     def _texts(
         self, subject: Subject, reader: Reader, examples: Sequence[WireExample]
     ) -> tuple[Presentation, list[tuple[str, str, tuple[int, ...]]]]:
-        prompts = [text_prompt(subject.arm, reader, example, subject.budget) for example in examples]
+        prompts, seconds = [], []
+        for example in examples:
+            began = time.monotonic()
+            prompts.append(text_prompt(subject.arm, reader, example, subject.budget))
+            seconds.append(time.monotonic() - began)
         keys = [(reader.name, example.id, prompt.ids) for example, prompt in zip(examples, prompts, strict=True)]
-        return present_texts(reader, prompts), keys
+        return replace(present_texts(reader, prompts), prepared=seconds), keys
 
     def _rows(
         self,
@@ -218,6 +227,7 @@ class Laboratory:
         scores: Sequence[ItemScore],
     ) -> pd.DataFrame:
         rows = pd.DataFrame([vars(score) for score in scores]).assign(
+            seconds=np.array([score.seconds for score in scores]) + presentation.prepared,
             item_id=[example.id for example in examples],
             bytes=presentation.bytes,
             prompt_tokens=presentation.content,

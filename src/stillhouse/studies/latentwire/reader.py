@@ -164,6 +164,12 @@ class Reader(nn.Module):
         return int(self.model.config.get_text_config().hidden_size)
 
     @property
+    def context_length(self) -> int | None:
+        """Positions that the model takes; None where its configuration names no limit."""
+        limit: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return limit
+
+    @property
     def layer_shape(self) -> LayerShape:
         """The size of the model's keys and values."""
         config = self.model.config.get_text_config()
@@ -317,6 +323,13 @@ class Reader(nn.Module):
             cache = self.new_cache(prompt)
         layer_positions = prompt.layers[0][0].shape[2] if prompt.layers else 0
         positions = (prompt.attention_mask.cumsum(1) - 1).clamp(min=0) + layer_positions
+        limit = self.context_length
+        # The shape first: it bounds the positions, and reading these would wait for the device.
+        if limit is not None and positions.shape[1] + layer_positions > limit and positions.max() >= limit:
+            raise UserError(
+                f"{self.name}: a prompt with its answer has {int(positions.max()) + 1} tokens, the model takes "
+                f"{limit}: nothing is cut; leave long texts out with task.max_text_bytes"
+            )
         captured: list[Tensor] = []
 
         def keep_places(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor]:

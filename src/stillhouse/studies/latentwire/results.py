@@ -34,7 +34,8 @@ JOINT, ORACLE, AGREEMENT = COMBINED = ("joint_rescoring", "oracle", "agreement")
 SUBJECT_COLUMNS = ["arm", "reader", "condition", "seed", "step", "wire", "budget"]
 
 # One row per subject and item. `output` and its scores are null where no answer was generated, the gold answer's
-# columns where it was not scored. bytes: what is sent for this prompt. seconds: the item's share of its batch.
+# columns where it was not scored. bytes: what is sent for this prompt. seconds: from the text to the answer, encoding
+# and packing included, an item's share where a batch or equal prompts are computed once.
 ITEM_COLUMNS = {
     "pair": "string",
     "arm": "string",

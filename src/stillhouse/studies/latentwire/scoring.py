@@ -25,11 +25,13 @@ class Presentation:
 
     render: the prompts of a batch, from the examples' indices. content: positions that carry the content, per
     example, without BOS and anchor. bytes: what is sent for each; None where the arm sends nothing that counts.
+    prepared: seconds that each took before: encoding and packing, or cutting, compressing and tokenising.
     """
 
     render: Callable[[Sequence[int]], Prompt]
     content: Sequence[int]
     bytes: Sequence[int | None]
+    prepared: Sequence[float] | float = 0.0
 
     @property
     def order(self) -> list[int]:
@@ -43,7 +45,7 @@ class ItemScore:
 
     gold_nll: nats of the first gold answer, summed over its `gold_tokens`, its end included. first_token: the most
     likely one. first_token_rank: of the best-ranked first token of any gold answer, from 1. output: None where
-    nothing was generated. seconds: the item's share of its batch.
+    nothing was generated. seconds: the item's share of its batch, without what prepared it.
     """
 
     gold_nll: float

@@ -70,7 +70,8 @@ def main(step: TrainStep) -> None:
         readers = load_readers(step)
         texts = [example.text for example in split.examples]
         channel = Channel.build(run, readers, seed, step.encoder, texts)
-        fit = channel.encoder.check(texts)
+        fit = channel.encoder.check(texts, "train")
+        check_evaluation_texts(channel, step)
         check_first_steps(channel, split.examples)
         data = wire_data(channel, split.examples)
         facts = {"examples": len(data), "left_out": split.left_out, "encoder_fit": asdict(fit)}
@@ -109,6 +110,13 @@ def load_readers(step: TrainStep) -> dict[str, Reader]:
     """The frozen models by name."""
     given = zip(step.names, step.models, step.trust_remote_code, strict=True)
     return {name: Reader.load(name, path, step.run.reader, trust) for name, path, trust in given}
+
+
+def check_evaluation_texts(channel: Channel, step: TrainStep) -> None:
+    """Refuse now what would end the evaluation after hours of training: texts that the encoder cannot take."""
+    for split in ("validation", "test"):
+        examples = read_examples(step.data / f"{split}.jsonl", max_text_bytes=step.max_text_bytes).examples
+        channel.encoder.check([example.text for example in examples], split)
 
 
 def check_first_steps(channel: Channel, examples: Sequence[WireExample]) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import struct
 import zlib
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy
 import torch
@@ -103,6 +104,16 @@ def unpack(data: bytes) -> Tensor:
     if not numpy.isfinite(values).all():
         raise WireError("wire message: holds values that are not finite: it is damaged or forged")
     return torch.from_numpy(values)
+
+
+def read_message(path: Path) -> Tensor:
+    """Z, [M, d_z] in fp32, of a kept wire file; `WireError` names a file that is missing, truncated or damaged."""
+    try:
+        return unpack(path.read_bytes())
+    except OSError as error:
+        raise WireError(f"{path}: cannot be read ({error.strerror}): run the evaluation that writes it") from None
+    except WireError as error:
+        raise WireError(f"{path}: {error}") from None
 
 
 def _read_header(data: bytes) -> tuple[WireFormat, tuple[int, int]]:
