@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from support.lora_generation_workflow import CONFIG, FIGURES, add_lora_generation, write_lora_config
 from support.workflow import Workflow, make_workflow
@@ -79,6 +80,19 @@ def test_every_arm_is_scored_on_the_held_out_task_and_the_held_out_shard(finishe
     assert arms["choices", "teacher"]["closeness"]["cosine"] == pytest.approx(1)
     made = finished_study.directory / "results/lora_generation/tiny/evaluation/adapters"
     assert (made / "generated/multi_task/seed_42/arithmetic/3-42/adapter_model.safetensors").is_file()
+
+
+def test_the_prompts_that_stand_for_an_adapter_are_never_scored(finished_study: Workflow) -> None:
+    study = finished_study.directory / "results/lora_generation/tiny"
+    rows = json.loads((study / "adapters/manifest.json").read_text())["adapters"]
+    read = {(row["task"], prompt) for row in rows for prompt in prompt_ids(study / "adapters" / row["name"])}
+    scored = set(pd.read_parquet(study / "evaluation/items.parquet")[["task", "item_id"]].itertuples(index=False))
+    assert len(read) == 2 * 4 * 2 and len(scored) == 2 * 5
+    assert not read & {tuple(one) for one in scored}
+
+
+def prompt_ids(folder: Path) -> list[str]:
+    return json.loads((folder / "prompts.json").read_text())["ids"]
 
 
 def test_a_second_run_has_nothing_to_do(project: Workflow) -> None:
