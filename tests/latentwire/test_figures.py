@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,7 @@ from tests.latentwire.fake_results import READERS, fake_channel, fake_evaluation
 
 FROM_EVALUATIONS = ("f1_vs_bytes", "arms", "first_token")
 FROM_TRAINING = ("diagnostics", "training")
+Drawn = Callable[[str], tuple[bytes, bytes]]
 PACKAGE = "stillhouse.studies.latentwire.figures"
 
 
@@ -48,7 +51,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def seeded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return fake_evaluation(tmp_path_factory.mktemp("seeds"), pair="other", seeds=(1, 2, 3))
+    return fake_evaluation(tmp_path_factory.mktemp("seeds"), "other", conditions=("latent",), seeds=(1, 2, 3))
 
 
 @pytest.fixture(scope="module")
@@ -57,19 +60,34 @@ def channels(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [fake_channel(folder / c / str(seed), c, seed) for c in ("latent", "prefix_kd") for seed in (1, 2)]
 
 
+@pytest.fixture(scope="module")
+def first(results: Path, channels: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Drawn:
+    """Each figure of one pair, drawn once for all tests."""
+    folder = tmp_path_factory.mktemp("first")
+
+    @cache
+    def drawn(name: str) -> tuple[bytes, bytes]:
+        inputs = {"channels": channels} if name in FROM_TRAINING else {"results": [results]}
+        return draw(name, folder / f"{name}.png", **inputs)
+
+    return drawn
+
+
 @pytest.mark.parametrize("name", [*FROM_EVALUATIONS, *FROM_TRAINING])
 def test_a_figure_has_the_same_bytes_when_it_is_remade(
-    name: str, results: Path, channels: list[Path], tmp_path: Path
+    name: str, first: Drawn, results: Path, channels: list[Path], tmp_path: Path
 ) -> None:
-    inputs = {"channels": channels} if name in FROM_TRAINING else {"results": [results]}
-    png, svg = draw(name, tmp_path / "a.png", **inputs)
+    png, svg = first(name)
     assert png.startswith(b"\x89PNG") and b"<svg" in svg
-    assert (png, svg) == draw(name, tmp_path / "b.png", **inputs)
+    inputs = {"channels": channels} if name in FROM_TRAINING else {"results": [results]}
+    assert (png, svg) == draw(name, tmp_path / "again.png", **inputs)
 
 
 @pytest.mark.parametrize("name", FROM_EVALUATIONS)
-def test_a_figure_shows_several_pairs_and_seeds(name: str, results: Path, seeded: Path, tmp_path: Path) -> None:
-    one, _ = draw(name, tmp_path / "one.png", results=[results])
+def test_a_figure_shows_several_pairs_and_seeds(
+    name: str, first: Drawn, results: Path, seeded: Path, tmp_path: Path
+) -> None:
+    one, _ = first(name)
     two, _ = draw(name, tmp_path / "two.png", results=[results, seeded])
     assert int.from_bytes(two[20:24], "big") > int.from_bytes(one[20:24], "big")  # the PNG's height
 
@@ -138,8 +156,10 @@ def test_estimates_and_differences_are_those_of_the_items(results: Path) -> None
 
 
 def test_a_known_advantage_is_found_and_nothing_is_claimed_of_an_arm_against_itself(tmp_path: Path) -> None:
-    (good,) = load_evaluations([fake_evaluation(tmp_path / "good", latent_skill=1.5)])
-    (bad,) = load_evaluations([fake_evaluation(tmp_path / "bad", latent_skill=0.05)])
+    chosen = {"conditions": ("latent",), "arms": ("latent", "byte_budget_compressed")}
+    good, bad = load_evaluations(
+        [fake_evaluation(tmp_path / f"{skill}", latent_skill=skill, **chosen) for skill in (1.5, 0.05)]
+    )
     verdicts = [same_bytes(one, READERS[0]) for one in (good, bad)]
     assert [one.verdict for one in verdicts if one] == ["higher", "lower"]
     latent = headline(good, READERS[0])

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from stillhouse.evaluation.statistics import (
     Estimate,
@@ -21,9 +20,15 @@ from stillhouse.evaluation.statistics import (
     wilson_interval,
 )
 from stillhouse.studies.latentwire.config import Arm
-from stillhouse.studies.latentwire.results import COMBINED, Evaluation, Measurement, load_evaluation, share_interval
-
-Floats = NDArray[np.float64]
+from stillhouse.studies.latentwire.results import (
+    COMBINED,
+    Evaluation,
+    Floats,
+    Measurement,
+    load_evaluation,
+    numbers,
+    share_interval,
+)
 
 
 @dataclass(frozen=True)
@@ -240,13 +245,13 @@ def sample_note(evaluations: Sequence[Evaluation]) -> str:
 
 def _values(evaluation: Evaluation, entry: Entry, measure: Measure) -> tuple[Floats, Floats] | None:
     """Per-item values, [seeds, items] in the order of item ids, and each item's units (tokens or one), [items]."""
-    rows = []
-    for one in entry.measurements:
-        rows.append(evaluation.rows[*one.subject.key, one.split].dropna(subset=[measure.column]))
-    if any(frame.empty for frame in rows):
+    frames = [evaluation.rows[*one.subject.key, one.split] for one in entry.measurements]
+    columns = [numbers(frame[measure.column]) for frame in frames]
+    known = [~np.isnan(column) for column in columns]
+    if not all(there.any() for there in known):
         return None
-    values = np.stack([frame[measure.column].to_numpy(dtype=float) for frame in rows])
+    values = np.stack([column[there] for column, there in zip(columns, known, strict=True)])
     if measure.limit:
         values = (values <= measure.limit).astype(float)
-    units = rows[0]["gold_tokens"].to_numpy(dtype=float) if measure.kind == "per_token" else np.ones(values.shape[1])
+    units = numbers(frames[0]["gold_tokens"])[known[0]] if measure.kind == "per_token" else np.ones(values.shape[1])
     return values, units

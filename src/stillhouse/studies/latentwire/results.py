@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from stillhouse.config.base import StrictModel
 from stillhouse.evaluation import results_files
@@ -60,6 +60,9 @@ ITEM_COLUMNS = {
     "f1": "float64",
     "seconds": "float64",
 }
+_MEANS = ("bytes", "text_bytes", "prompt_tokens", "text_tokens", "seconds")
+_MEASURED = ("f1", "exact", "gold_nll", "gold_tokens", "first_token", "first_token_rank", *_MEANS)
+Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -209,22 +212,27 @@ def select_checkpoints(measurements: list[Measurement], rule: str) -> list[Selec
     return selections
 
 
+def numbers(column: pd.Series) -> Floats:
+    """A column as plain numbers, NaN where it has no value; whatever pandas calls its type."""
+    return column.to_numpy(dtype=float, na_value=np.nan)
+
+
 def _measurement(subject: Subject, split: Split, rows: pd.DataFrame) -> Measurement:
-    gold = rows[rows["gold_nll"].notna()]
-    ranks = gold["first_token_rank"].dropna()
+    columns = {name: numbers(rows[name]) for name in _MEASURED}
+    known = {name: values[~np.isnan(values)] for name, values in columns.items()}
+    gold = ~np.isnan(columns["gold_nll"])
+    ranks = columns["first_token_rank"][gold & ~np.isnan(columns["first_token_rank"])]
     return Measurement(
         **asdict(subject),
         split=split,
         items=len(rows),
-        f1=_mean(rows["f1"]),
-        exact=_rate(rows["exact"]),
-        gold_nll=_per_token(gold),
+        f1=Interval.of(share_interval(known["f1"])) if known["f1"].size else None,
+        exact=_rate(known["exact"]),
+        gold_nll=_per_token(columns["gold_nll"][gold], columns["gold_tokens"][gold]),
         first_at_1=_rate(ranks <= 1),
         first_at_5=_rate(ranks <= 5),
-        top_first_token_share=_top_share(rows["first_token"]),
-        **{
-            name: _plain_mean(rows[name]) for name in ("bytes", "text_bytes", "prompt_tokens", "text_tokens", "seconds")
-        },
+        top_first_token_share=_top_share(known["first_token"]),
+        **{name: round(float(known[name].mean()), 6) if known[name].size else None for name in _MEANS},
     )
 
 
@@ -238,28 +246,14 @@ def share_interval(values: ArrayLike) -> Estimate:
     return Estimate(mean.value, min(mean.low, whole.low), max(mean.high, whole.high), mean.n)
 
 
-def _mean(values: pd.Series) -> Interval | None:
-    values = values.dropna()
-    return None if values.empty else Interval.of(share_interval(values))
+def _rate(values: NDArray[Any]) -> Interval | None:
+    return Interval.of(wilson_interval(int(values.sum()), len(values))) if values.size else None
 
 
-def _rate(values: pd.Series) -> Interval | None:
-    values = values.dropna()
-    return None if values.empty else Interval.of(wilson_interval(int(values.sum()), len(values)))
+def _per_token(nats: Floats, tokens: Floats) -> Interval | None:
+    return Interval.of(bootstrap_ratio_interval(nats, tokens)) if nats.size else None
 
 
-def _per_token(gold: pd.DataFrame) -> Interval | None:
-    if gold.empty:
-        return None
-    return Interval.of(bootstrap_ratio_interval(gold["gold_nll"].astype(float), gold["gold_tokens"].astype(float)))
-
-
-def _top_share(tokens: pd.Series) -> float | None:
+def _top_share(tokens: Floats) -> float | None:
     """The share of the most frequent first token: near 1 where a reader says the same whatever it is sent."""
-    tokens = tokens.dropna()
-    return None if tokens.empty else round(float(tokens.value_counts(normalize=True).iloc[0]), 6)
-
-
-def _plain_mean(values: pd.Series) -> float | None:
-    values = values.dropna()
-    return None if values.empty else round(float(values.astype(float).mean()), 6)
+    return round(float(np.unique(tokens, return_counts=True)[1].max() / tokens.size), 6) if tokens.size else None
