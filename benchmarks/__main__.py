@@ -20,14 +20,15 @@ from typing import Annotated, Any
 import transformers
 from pydantic import Field
 
-from benchmarks.catalogue import BENCHMARKS
+from benchmarks.catalogue import MEASURED
 from benchmarks.dag_scale import measure_workflow
 from benchmarks.harness import measure
 from benchmarks.instruments import describe
 from benchmarks.page import write_page
 from benchmarks.results import DIRECTORY, Device, Results, read_results
-from benchmarks.scale import GPU, PROCESSOR
+from benchmarks.scale import GPU, PROCESSOR, Scale
 from benchmarks.scaling import SERIES, measure_series
+from benchmarks.weighed import ON_REQUEST
 from stillhouse.config.base import StrictModel
 from stillhouse.models.precision import default_device
 from stillhouse.runtime.commands import run_step
@@ -45,41 +46,48 @@ class Run(StrictModel):
 
 
 def main(run: Run) -> None:
+    """Measure on the scale of the device."""
+    measure_parts(run, GPU if default_device().type == "cuda" else PROCESSOR)
+
+
+def measure_parts(run: Run, scale: Scale) -> None:
     """Measure, and write after each part, so that what a stopped run finished is kept."""
     transformers.utils.logging.disable_progress_bar()
-    scale = GPU if default_device().type == "cuda" else PROCESSOR
     scale = replace(scale, rounds=run.rounds or scale.rounds)
     device = describe(default_device(), scale.precision)
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         parts: dict[str, tuple[str, Callable[[], Any]]] = {
-            **{name: ("benchmarks", partial(measure, one, scale, place)) for name, one in BENCHMARKS.items()},
+            **{name: ("benchmarks", partial(measure, one, scale, place)) for name, one in MEASURED.items()},
             **{name: ("series", partial(measure_series, one, scale, place)) for name, one in SERIES.items()},
             "workflow": ("workflow", measure_workflow),
         }
         for name in chosen(run.only, tuple(parts)):
             section, work = parts[name]
             started = time.monotonic()
-            keep(run.results, device, section, name, work())
-            logger.info("%s: measured in %.0f s", name, time.monotonic() - started)
+            result = work()
+            took = time.monotonic() - started
+            keep(run.results, device, section, name, result, took)
+            logger.info("%s: measured in %.0f s", name, took)
     write_page(run.results, run.page)
 
 
 def chosen(only: tuple[str, ...], known: tuple[str, ...]) -> tuple[str, ...]:
-    """The parts to run. Raises `ConfigurationError` for a name that there is not."""
+    """The parts to run, by default all but those on request. Raises `ConfigurationError` for an unknown name."""
     for name in only:
         if name not in known:
             [nearest] = difflib.get_close_matches(name, known, n=1, cutoff=0)
             raise ConfigurationError(f"only: there is no '{name}'; nearest: '{nearest}', all: {', '.join(known)}")
-    return only or known
+    return only or tuple(name for name in known if name not in ON_REQUEST)
 
 
-def keep(directory: Path, device: Device, section: str, name: str, result: Any) -> None:
-    """Put one result into the device's file."""
+def keep(directory: Path, device: Device, section: str, name: str, result: Any, took: float) -> None:
+    """Put one result, and the seconds that it took, into the device's file."""
     earlier = next((found for found in read_results(directory) if found.device.slug == device.slug), None)
     results = earlier or Results(device=device)
     entry = result if section == "workflow" else {**getattr(results, section), name: result}
-    results.model_copy(update={"device": device, section: entry}).write(directory)
+    took_by_part = {**results.took, name: took}
+    results.model_copy(update={"device": device, "took": took_by_part, section: entry}).write(directory)
 
 
 if __name__ == "__main__":

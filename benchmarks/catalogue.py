@@ -13,6 +13,7 @@ from benchmarks.latentwire import CACHED_STEP
 from benchmarks.lora_generation import DELTAS, TEACHER_BATCH
 from benchmarks.packing import INVARIANCE
 from benchmarks.teacher_cache import FIXED_SHOTS
+from benchmarks.weighed import WEIGHED
 
 BENCHMARKS: dict[str, Benchmark] = {
     benchmark.name: benchmark
@@ -32,6 +33,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         INVARIANCE,
     )
 }
+MEASURED = {**BENCHMARKS, **WEIGHED}
 # Rows and tools that the page names as missing.
 MISSING = {
     "ms-swift (GKD with `teacher_prompt`)": "does not install beside the pinned torch and transformers; its form, an "

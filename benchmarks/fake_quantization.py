@@ -56,7 +56,10 @@ def autograd_student(folder: Path, scale: Scale) -> PeftModel:
     def merged(layer: LoraLinear, x: Tensor) -> Tensor:
         [name] = layer.active_adapters
         base: nn.Linear = layer.get_base_layer()
-        weight = base.weight + layer.scaling[name] * layer.lora_B[name].weight @ layer.lora_A[name].weight
+        # The order of ours: a weight that falls on the other side of a step of the grid is another function.
+        weight = torch.addmm(
+            base.weight, layer.lora_B[name].weight, layer.lora_A[name].weight, alpha=layer.scaling[name]
+        )
         rounded = weight + (fake_quantize(weight.detach(), weight_format(scale)) - weight).detach()
         return functional.linear(x, rounded, base.bias)
 

@@ -1,38 +1,43 @@
 """GKD steps beside TRL's trainers, which take torchao's student and a teacher of their own.
 
 Off-policy, on the data set's answers, the losses and gradients must be equal. On-policy, chance decides the answers:
-every sampled one has the same length, and all sample from the full vocabulary at one temperature. TRL's GKDTrainer
-samples without a KV cache under its default gradient checkpointing.
+every sampled one has the same length, and all sample from the full vocabulary at one temperature; what is compared is
+TRL's step on the answers that ours has just sampled. TRL's GKDTrainer samples without a KV cache under its default
+gradient checkpointing. The two libraries put the adapter beside the rounded weight; `merged`, which the study trains,
+has plain autograd as its reference.
 """
 
 from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Sequence as Items
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel
 from torch import Tensor
 
 from benchmarks.context_distillation import forward_operations
-from benchmarks.fake_quantization import our_student, torchao_student
+from benchmarks.fake_quantization import autograd_student, our_student, torchao_student
 from benchmarks.harness import Aim, Benchmark, Floor, Form, Outcome, Work
 from benchmarks.scale import Scale, loss_and_gradients, model_directory, random_ids
 from stillhouse.config.quantization import LoraQuantisation
-from stillhouse.data.packing import NO_LABEL, AnswerBatch, Sequence
+from stillhouse.data.packing import NO_LABEL, AnswerBatch, Sequence, answer_rows_logits
 from stillhouse.evaluation.teacher_agreement import teacher_states
-from stillhouse.models.loading import load_model, load_tokenizer
+from stillhouse.models.loading import frozen, load_model, load_tokenizer
 from stillhouse.models.output_head import output_head
-from stillhouse.models.quantized_lora import as_teacher
+from stillhouse.models.quantized_lora import as_teacher, quantized_once
 from stillhouse.studies.quantized_distillation.batches import StudentData
+from stillhouse.studies.quantized_distillation.divergence import generalized_jsd
 from stillhouse.studies.quantized_distillation.objective import GkdObjective
 from stillhouse.studies.quantized_distillation.run_settings import DistillationSettings, SamplingSettings
 
 BETA, TEMPERATURE = 0.5, 0.9
+Answers = Literal["data", "sampled", "ours"]
 
 
 class HeldTeacher:
@@ -58,25 +63,57 @@ def examples(scale: Scale) -> list[Sequence]:
     return found
 
 
+def objective(on_policy: bool, teacher: Any, folder: Path, scale: Scale) -> GkdObjective:
+    """The study's; it samples the same answers each time, by its seed and the step."""
+    sampling = SamplingSettings(temperature=TEMPERATURE, min_new_tokens=scale.answer, max_new_tokens=scale.answer)
+    settings = DistillationSettings(beta=BETA, on_policy_share=float(on_policy))
+    stop = load_tokenizer(model_directory(folder, scale)).eos_token_id
+    return GkdObjective(settings, sampling, 0, [stop], teacher)
+
+
 def our_step(placement: LoraQuantisation, on_policy: bool, cached: bool, folder: Path, scale: Scale) -> Work:
     """Forward and backward pass of the study's objective."""
     model, sequences = our_student(placement, folder, scale), examples(scale)
-    sampling = SamplingSettings(temperature=TEMPERATURE, min_new_tokens=scale.answer, max_new_tokens=scale.answer)
-    settings = DistillationSettings(beta=BETA, on_policy_share=float(on_policy))
-    teacher: Any = HeldTeacher(model, sequences) if cached else None
-    stop = load_tokenizer(model_directory(folder, scale)).eos_token_id
-    objective = GkdObjective(settings, sampling, 0, [stop], teacher)
+    loss = objective(on_policy, HeldTeacher(model, sequences) if cached else None, folder, scale)
     [batch] = StudentData(sequences).micro_batches(range(scale.batch), 10**9)
 
     def work() -> Outcome:
-        terms = objective(model, batch.to(model.device), 1)
+        terms = loss(model, batch.to(model.device), 1)
         return loss_and_gradients(model, terms.total / terms.count)
 
     return work
 
 
-def gkd_trainer(checkpointing: bool, on_policy: bool, folder: Path, scale: Scale) -> Work:
-    """A training step of TRL's GKDTrainer; without checkpointing it samples with a KV cache."""
+def answered(placement: LoraQuantisation, on_policy: bool, folder: Path, scale: Scale) -> AnswerBatch:
+    """The batch that our step learns from: the data's answers, or those that it samples."""
+    model, sampling = our_student(placement, folder, scale), objective(on_policy, None, folder, scale)
+    [batch] = StudentData(examples(scale)).micro_batches(range(scale.batch), 10**9)
+    with quantized_once(model):
+        return sampling.answered(model, batch.to(model.device), sampling.source(1), 1)
+
+
+def merged_by_autograd(on_policy: bool, folder: Path, scale: Scale) -> Work:
+    """The divergence on our step's answers, written out; the teacher is a second model."""
+    batch = answered("merged", on_policy, folder, scale)
+    model, teacher = (
+        autograd_student(folder, scale),
+        frozen(load_model(model_directory(folder, scale), scale.precision)),
+    )
+
+    def work() -> Outcome:
+        with torch.no_grad():
+            taught = answer_rows_logits(teacher, batch)
+        divergence = generalized_jsd(answer_rows_logits(model, batch), taught, BETA, TEMPERATURE)
+        return loss_and_gradients(model, divergence.sum() / batch.answer_tokens)
+
+    return work
+
+
+def gkd_trainer(checkpointing: bool, answers: Answers, folder: Path, scale: Scale) -> Work:
+    """A training step of TRL's GKDTrainer; without checkpointing it samples with a KV cache.
+
+    answers: the data's, those that it samples, or those that ours sampled with the adapter beside.
+    """
     from trl.experimental.gkd import GKDConfig, GKDTrainer
 
     arguments = GKDConfig(
@@ -94,8 +131,9 @@ def gkd_trainer(checkpointing: bool, on_policy: bool, folder: Path, scale: Scale
     )
     trainer.current_gradient_accumulation_steps = 1  # what its train() would set
     trainer.generation_config.min_new_tokens = scale.answer
-    trainer.lmbda = 1.0 if on_policy else -1.0  # 0 would still sample where the random number is 0
-    inputs = collated(examples(scale), trainer.model.device)
+    trainer.lmbda = 1.0 if answers == "sampled" else -1.0  # 0 would still sample where the random number is 0
+    sequences = answered("beside", True, folder, scale).sequences if answers == "ours" else examples(scale)
+    inputs = collated(sequences, trainer.model.device)
     return lambda: stepped(trainer, dict(inputs))
 
 
@@ -157,7 +195,7 @@ def stepped(trainer: Any, inputs: Any) -> Outcome:
     return found
 
 
-def collated(sequences: list[Sequence], device: torch.device) -> dict[str, Tensor]:
+def collated(sequences: Items[Sequence], device: torch.device) -> dict[str, Tensor]:
     """What TRL's collator makes: sequences padded on the right, prompts on the left."""
     longest, prompt = max(map(len, sequences)), max(sequence.answer_start for sequence in sequences)
     inputs = {
@@ -191,14 +229,16 @@ def on_policy_floor(folder: Path, scale: Scale) -> Floor:
     return Floor(4 * forward, (scale.answer + 5) * scale.weight_bytes, sum(map(len, sequences)))
 
 
+AUTOGRAD, TRL_ON_OURS = "merged by autograd on the same answers", "TRL GKDTrainer on the answers that ours sampled"
 OFF_POLICY = Benchmark(
     name="gkd_off_policy",
     what="GKD step, off-policy",
     forms=(
-        Form("TRL GKDTrainer", "tool", partial(gkd_trainer, False, False)),
+        Form("TRL GKDTrainer", "tool", partial(gkd_trainer, False, "data")),
         Form("adapter beside, teacher in the step", "other", partial(our_step, "beside", False, False)),
-        Form("adapter merged, cached teacher", "other", partial(our_step, "merged", False, True), equals=None),
-        Form("adapter beside, cached teacher", "ours", partial(our_step, "beside", False, True)),
+        Form("adapter beside, cached teacher", "other", partial(our_step, "beside", False, True)),
+        Form(AUTOGRAD, "other", partial(merged_by_autograd, False), equals=None, timed=False),
+        Form("adapter merged, cached teacher", "ours", partial(our_step, "merged", False, True), equals=AUTOGRAD),
     ),
     aims=(Aim("TRL GKDTrainer", "time", 1), Aim("TRL GKDTrainer", "memory", 1)),
     floor=off_policy_floor,
@@ -209,12 +249,19 @@ ON_POLICY = Benchmark(
     name="gkd_on_policy",
     what="GKD step, on-policy",
     forms=(
-        Form("TRL GKDTrainer", "tool", partial(gkd_trainer, True, True), equals=None),
-        Form("TRL GKDTrainer without checkpointing", "tool", partial(gkd_trainer, False, True), equals=None),
+        Form("TRL GKDTrainer", "tool", partial(gkd_trainer, True, "sampled"), equals=None),
+        Form("TRL GKDTrainer without checkpointing", "tool", partial(gkd_trainer, False, "sampled"), equals=None),
         Form("TRL DistillationTrainer", "tool", distillation_trainer, equals=None),
-        Form("adapter merged", "ours", partial(our_step, "merged", True, False), equals=None),
+        Form(TRL_ON_OURS, "other", partial(gkd_trainer, False, "ours"), equals=None, timed=False),
+        Form("adapter beside", "other", partial(our_step, "beside", True, False), equals=TRL_ON_OURS, timed=False),
+        Form(AUTOGRAD, "other", partial(merged_by_autograd, True), equals=None, timed=False),
+        Form("adapter merged", "ours", partial(our_step, "merged", True, False), equals=AUTOGRAD),
     ),
-    aims=(Aim("TRL GKDTrainer", "time", 3), Aim("TRL DistillationTrainer", "time", 1)),
+    aims=tuple(
+        Aim(trainer, quantity, at_least)
+        for trainer, faster in (("TRL GKDTrainer", 3), ("TRL DistillationTrainer", 1))
+        for quantity, at_least in (("time", faster), ("memory", 1))
+    ),
     floor=on_policy_floor,
     floor_formula="4 x forward(prompts and sampled answers, answer rows); the weights are read once a sampled token",
     remains="Sampling: one token of every answer at a time.",

@@ -6,9 +6,11 @@ ours. A form is prepared apart from the others, so that its memory can be measur
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -31,7 +33,7 @@ class Form:
     prepare: loads what the form needs, out of a folder that all forms share, and returns one unit of work, which
     returns what must be equal. equals: the form that it must equal, "" for the first one; None where chance decides, or
     where it computes something else. timed: False where only equality is asked. counted: False where operations and
-    memory are those of an engine, outside torch's sight.
+    memory are those of an engine, outside torch's sight, or those of another benchmark many times over.
     """
 
     name: str
@@ -44,12 +46,13 @@ class Form:
 
 @dataclass(frozen=True)
 class Aim:
-    """Against that form, ours is to need at most 1/`at_least` of the quantity."""
+    """Against that form, ours is to need at most 1/`at_least` of the quantity. cause: why it is missed, where it is."""
 
     against: str
     quantity: Quantity
     at_least: float
     device: Literal["any", "gpu"] = "any"
+    cause: str = ""
 
     @property
     def text(self) -> str:
@@ -72,9 +75,10 @@ class Floor:
 class Benchmark:
     """A row of the page.
 
-    what, floor_formula, remains, shortfall: text for people. `remains` says what lies between the floor and ours,
-    `shortfall` why an aim is missed, where it is. tolerance: of the relative difference of each outcome, as norms:
-    |a - b| / |b|. change: sizes of this benchmark that differ from the scale's.
+    what, floor_formula, remains: text for people. `remains` says what lies between the floor and ours. tolerance: of
+    the relative difference of each outcome, as norms:
+    |a - b| / |b|. change: sizes of this benchmark that differ from the scale's. checked: those at which the forms are
+    compared, smaller ones where a unit of work is long.
     """
 
     name: str
@@ -84,26 +88,36 @@ class Benchmark:
     floor: Callable[[Path, Scale], Floor]
     floor_formula: str
     remains: str
-    shortfall: str = ""
     tolerance: float = 1e-4
     change: Callable[[Scale], Scale] = field(default=lambda scale: scale)
+    checked: Callable[[Scale], Scale] = field(default=lambda scale: scale)
 
 
 def measure(benchmark: Benchmark, scale: Scale, folder: Path) -> BenchmarkResult:
     """Measure every form. Raises `UserError` where one of them computes something else than the first."""
     scale = benchmark.change(scale)
-    works = {form.name: form.prepare(folder, exact(scale)) for form in benchmark.forms}
-    errors = compare(benchmark, works)
+    checked = benchmark.checked(exact(scale))
+    works = {form.name: form.prepare(folder, checked) for form in benchmark.forms}
+    first_seconds: dict[str, float] = {}
+
+    def noted(name: str) -> Outcome:
+        start = time.monotonic()
+        outcome = works[name]()
+        first_seconds.setdefault(name, time.monotonic() - start)
+        return outcome
+
+    errors = compare(benchmark, {name: partial(noted, name) for name in works})
     timed = [form for form in benchmark.forms if form.timed]
-    if exact(scale) != scale:
+    if checked != scale:
         works.clear()
         works = {form.name: form.prepare(folder, scale) for form in timed}
+    if exact(scale) != scale:
         for work in works.values():
             work()
-    seconds = by_turns({form.name: works[form.name] for form in timed}, scale.rounds)
+    seconds = by_turns({form.name: works[form.name] for form in timed}, scale.rounds, scale.seconds)
     counts = {form.name: operations(works[form.name]) for form in timed if form.counted}
     works.clear()
-    memory = {form.name: peak_memory_mib(form.prepare, folder, scale) for form in timed if form.counted}
+    memory = peak_memory_mib({form.name: form.prepare for form in timed if form.counted}, folder, [scale])
     floor = benchmark.floor(folder, scale)
     return BenchmarkResult(
         measured=datetime.now(UTC).replace(microsecond=0),
@@ -116,8 +130,9 @@ def measure(benchmark: Benchmark, scale: Scale, folder: Path) -> BenchmarkResult
                 name=form.name,
                 role=form.role,
                 seconds=seconds.get(form.name, ()),
+                first_seconds=first_seconds.get(form.name),
                 operations=counts.get(form.name),
-                peak_memory_mib=memory.get(form.name),
+                peak_memory_mib=memory[form.name][0] if form.name in memory else None,
                 error=errors.get(form.name),
             )
             for form in benchmark.forms

@@ -7,10 +7,11 @@ import os
 import platform
 import resource
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from functools import cache
+from functools import cache, partial
 from importlib import metadata
+from math import inf
 from multiprocessing import get_context
 from multiprocessing.context import BaseContext
 from pathlib import Path
@@ -31,6 +32,7 @@ ATTENTION_ON_PROCESSOR = {
         lambda *shapes, **_: sdpa_backward_flop_count(*shapes[:4])
     ),
 }
+FEWEST_ROUNDS = 3
 MATRIX, COPY_BYTES = {"cpu": 2048, "cuda": 8192}, {"cpu": 2**28, "cuda": 2**31}
 
 
@@ -44,10 +46,18 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def by_turns(works: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, tuple[float, ...]]:
-    """Seconds of each work in each round. Who begins changes from round to round."""
+def by_turns(
+    works: Mapping[str, Callable[[], object]], rounds: int, within: float = inf
+) -> dict[str, tuple[float, ...]]:
+    """Seconds of each work in each round. Who begins changes from round to round.
+
+    The first `FEWEST_ROUNDS` are always made, further ones, up to `rounds`, begin within so many seconds.
+    """
     names, times = list(works), {name: [] for name in works}  # type: tuple[list[str], dict[str, list[float]]]
+    start = time.monotonic()
     for number in range(rounds):
+        if number >= FEWEST_ROUNDS and time.monotonic() - start > within:
+            break
         first = number % len(names)
         for name in names[first:] + names[:first]:
             times[name].append(seconds(works[name]))
@@ -64,14 +74,20 @@ def operations(work: Callable[[], object]) -> int:
     return int(counter.get_total_flops())
 
 
-def peak_memory_mib(prepare: Prepare, folder: Path, scale: Scale) -> float:
-    """The most memory that preparing a work and doing it once takes, in a process of its own.
+def peak_memory_mib(
+    prepares: Mapping[str, Prepare], folder: Path, scales: Iterable[Scale]
+) -> dict[str, tuple[float, ...]]:
+    """The most memory that preparing each work and doing it once takes, by name: at each of the rising scales.
 
-    On a GPU what torch allocated; on a processor the resident memory above what it was after the same on a tiny scale,
+    Each work has a process of its own; on a processor as many at once as there are cores, with a thread each. On a GPU
+    it is what torch allocated; on a processor the resident memory above what it was after the same on a tiny scale,
     which loads the libraries.
     """
-    with ProcessPoolExecutor(1, mp_context=clean_processes()) as pool:
-        return pool.submit(_peak, prepare, folder, scale).result()
+    workers = 1 if torch.cuda.is_available() else len(os.sched_getaffinity(0))
+    sizes = tuple(scales)
+    with ProcessPoolExecutor(workers, mp_context=clean_processes(), max_tasks_per_child=1) as pool:
+        peaks = pool.map(partial(_peaks, folder, sizes), prepares.values())
+        return dict(zip(prepares, peaks, strict=True))
 
 
 def attainable(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
@@ -125,13 +141,21 @@ def clean_processes() -> BaseContext:
     return context
 
 
-def _peak(prepare: Prepare, folder: Path, scale: Scale) -> float:
+def _peaks(folder: Path, scales: Sequence[Scale], prepare: Prepare) -> tuple[float, ...]:
     transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(1)
     prepare(folder, TINY)()
     gc.collect()
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    prepare(folder, scale)()
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return (peak - pages * resource.getpagesize()) / 2**20
+    pages, peaks = int(Path("/proc/self/statm").read_text().split()[1]), []
+    for scale in scales:
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        prepare(folder, scale)()
+        gc.collect()
+        if torch.cuda.is_available():
+            peaks.append(torch.cuda.max_memory_allocated() / 2**20)
+        else:
+            # The highest so far, which is that of this scale: they rise.
+            highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            peaks.append((highest - pages * resource.getpagesize()) / 2**20)
+    return tuple(peaks)

@@ -41,12 +41,14 @@ class Device(StrictModel):
 
 class FormResult(StrictModel):
     """One way of computing it. seconds: one a round, empty where it was only compared. error: the largest relative
-    difference from the first form, None where there is nothing to compare.
+    difference from the first form, None where there is nothing to compare. first_seconds: of the first call, in the
+    comparison.
     """
 
     name: str
     role: Role
     seconds: tuple[float, ...] = ()
+    first_seconds: float | None = None
     operations: int | None = None
     peak_memory_mib: float | None = None
     error: float | None = None
@@ -116,9 +118,10 @@ class WorkflowResult(StrictModel):
 
 
 class Results(StrictModel):
-    """Everything measured on one device."""
+    """Everything measured on one device. took: seconds of measuring each part, by name."""
 
     device: Device
+    took: dict[str, float] = {}
     benchmarks: dict[str, BenchmarkResult] = {}
     series: dict[str, SeriesResult] = {}
     workflow: WorkflowResult | None = None

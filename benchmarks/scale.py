@@ -32,13 +32,13 @@ HEAD_SIZE = 64
 class Scale:
     """Sizes of every benchmark. prompt, answer, context: words, which are about as many tokens.
 
-    rounds: how often each form takes its turn. examples: of a teacher cache. documents: of a corpus, extracted in
-    batches of `batch_tokens`.
+    rounds: how often each form takes its turn at most; seconds: after so long no round begins but the first few.
+    examples: of a teacher cache. documents: of a corpus, extracted in batches of `batch_tokens`.
     """
 
-    layers: int = 4
+    layers: int = 2
     width: int = 512
-    vocabulary: int = 5504
+    vocabulary: int = 2752
     head_size: int = HEAD_SIZE
     prompt: int = 16
     answer: int = 24
@@ -55,7 +55,8 @@ class Scale:
     adapters: int = 16
     checkpoints: int = 5
     precision: Precision = "fp32"
-    rounds: int = 6
+    rounds: int = 9
+    seconds: float = 12.0
 
     @property
     def layer_weights(self) -> int:
@@ -91,6 +92,7 @@ GPU = Scale(
     rank=16,
     precision="bf16",
     rounds=15,
+    seconds=120.0,
 )
 # In no time: for tests, and for what libraries load when they are first used.
 TINY = Scale(

@@ -35,24 +35,24 @@ SERIES: dict[str, Series] = {
     series.name: series
     for series in (
         Series(
-            "sequence_length", "context_step", "answer", "answer length (words)", (16, 32, 64, 128, 256),
+            "sequence_length", "context_step", "answer", "answer length (words)", (16, 32, 64, 128),
             ("naive", "cached targets"), batch=2,
         ),
         Series("top_k", "context_step", "top_k", "K", (16, 64, 256, 1024, 4096), ("naive", "cached targets"), batch=2),
         Series(
-            "vocabulary", "context_step", "vocabulary", "vocabulary", (2048, 8192, 32768, 131072),
+            "vocabulary", "context_step", "vocabulary", "vocabulary", (2048, 8192, 32768, 65536),
             ("naive", "cached targets"), batch=2,
         ),
         Series(
-            "cached_examples", "teacher_cache", "examples", "examples in the cache", (8, 16, 32, 64),
+            "cached_examples", "teacher_cache", "examples", "examples in the cache", (8, 16, 32),
             ("padded batches", "shots read once"),
         ),
         Series(
-            "documents", "activation_extraction", "documents", "documents", (32, 64, 128, 256),
+            "documents", "activation_extraction", "documents", "documents", (16, 32, 64, 128),
             ("padded batches", "extraction"),
         ),
         Series(
-            "text_length", "lens_decoder_32", "text_length", "tokens of the explanation, T", (4, 8, 16, 32, 64),
+            "text_length", "lens_decoder_32", "text_length", "tokens of the explanation, T", (4, 8, 16, 32),
             ("no cache", "differentiable cache"),
         ),
         Series(
@@ -69,22 +69,30 @@ SERIES: dict[str, Series] = {
 
 
 def measure_series(series: Series, scale: Scale, folder: Path) -> SeriesResult:
-    """Time every value's forms by turns, then their memory, each in a process of its own."""
+    """Time every value's forms by turns, then measure their memory, each form in a process of its own."""
     benchmark = BENCHMARKS[series.benchmark]
     forms = [form for form in benchmark.forms if form.name in series.forms]
-    curves: dict[str, list[Point]] = {form.name: [] for form in forms}
-    for value in series.values:
-        changes: dict[str, Any] = {"batch": series.batch or scale.batch, series.size: value}
-        sized = replace(benchmark.change(scale), **changes)
+    sizes: list[dict[str, Any]] = [
+        {"batch": series.batch or scale.batch, series.size: value} for value in series.values
+    ]
+    scales = [replace(benchmark.change(scale), **own) for own in sizes]
+    seconds: dict[str, list[tuple[float, ...]]] = {form.name: [] for form in forms}
+    for sized in scales:
         works = {form.name: form.prepare(folder, sized) for form in forms}
-        for work in works.values():
-            work()
-        seconds = by_turns(works, min(ROUNDS, sized.rounds))
-        works.clear()
-        for form in forms:
-            memory = peak_memory_mib(form.prepare, folder, sized) if form.counted else None
-            curves[form.name].append(Point(value=value, seconds=seconds[form.name], peak_memory_mib=memory))
+        if sized is scales[0]:
+            for work in works.values():
+                work()
+        for name, times in by_turns(works, min(ROUNDS, sized.rounds)).items():
+            seconds[name].append(times)
+    works.clear()
+    memory = peak_memory_mib({form.name: form.prepare for form in forms if form.counted}, folder, scales)
     return SeriesResult(
         measured=datetime.now(UTC).replace(microsecond=0),
-        curves={name: tuple(points) for name, points in curves.items()},
+        curves={
+            name: tuple(
+                Point(value=value, seconds=own, peak_memory_mib=peak)
+                for value, own, peak in zip(series.values, times, memory.get(name, [None] * len(times)), strict=True)
+            )
+            for name, times in seconds.items()
+        },
     )

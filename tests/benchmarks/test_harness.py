@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -75,6 +76,11 @@ def test_turns_rotate_and_each_form_gets_one_a_round() -> None:
     seconds = by_turns({name: partial(order.append, name) for name in "abc"}, 3)
     assert order == list("abcbcacab")
     assert {name: len(times) for name, times in seconds.items()} == {"a": 3, "b": 3, "c": 3}
+
+
+def test_rounds_end_with_the_time_but_not_before_the_third() -> None:
+    assert len(by_turns({"a": partial(time.sleep, 0.01)}, 9, within=0)["a"]) == 3
+    assert len(by_turns({"a": partial(time.sleep, 0.01)}, 4, within=60)["a"]) == 4
 
 
 def test_operations_are_those_of_the_formulas_attention_included() -> None:

@@ -173,6 +173,13 @@ def make_workflow(
     return Workflow(directory)
 
 
+def rule_texts() -> dict[str, str]:
+    """The text of every rule that makes a file, by its name."""
+    text = "".join(path.read_text() for path in sorted((REPOSITORY / "rules").glob("*.smk")))
+    parts = re.split(r"^rule (\w+):$", text, flags=re.MULTILINE)[1:]
+    return dict(zip(parts[::2], parts[1::2], strict=True))
+
+
 def write_config(path: Path, study: dict[str, Any], studies: tuple[str, ...] = ("context_distillation",)) -> None:
     """Write the tiny configuration of `studies`, with overrides of the first one's settings."""
     sections = {"context_distillation": TINY_STUDY, "consistency_lens": TINY_LENS}

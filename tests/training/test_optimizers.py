@@ -51,9 +51,7 @@ def test_a_wholly_frozen_model_is_refused() -> None:
 
 
 def test_norms_and_biases_are_not_decayed_and_groups_scale_the_rate(model: LlamaForCausalLM) -> None:
-    optimizer = build_optimizer(
-        parameter_groups(model, {"lm_head": 0.5}), 1e-3, weight_decay=0.1, device=torch.device("cpu")
-    )
+    optimizer = build_optimizer(parameter_groups(model, {"lm_head": 0.5}), 1e-3, weight_decay=0.1)
     for group in optimizer.param_groups:
         assert group["weight_decay"] == (0.1 if group["params"][0].ndim == 2 else 0.0)
     assert set_learning_rate(optimizer, 1e-2, step=1) == {"base": 1e-2, "lm_head": 5e-3}
@@ -67,8 +65,29 @@ def test_a_schedule_scales_a_group_and_freezes_it_where_it_has_no_value() -> Non
         ParameterGroup("early", dict(model["early"].named_parameters(prefix="early")), 2.0, lambda step: 0.5),
         ParameterGroup("late", late, 1.0, lambda step: None if step == 1 else 0.1),
     ]
-    optimizer = build_optimizer(groups, 1.0, 0.0, torch.device("cpu"))
+    optimizer = build_optimizer(groups, 1.0, 0.0)
     assert set_learning_rate(optimizer, 1.0, step=1) == {"early": 1.0, "late": 0.0}
     assert not any(parameter.requires_grad for parameter in late.values())
     assert set_learning_rate(optimizer, 1.0, step=2) == {"early": 1.0, "late": 0.1}
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_the_fused_update_is_that_of_one_tensor_after_another() -> None:
+    drawing = torch.Generator().manual_seed(0)
+    start = {"weight": torch.randn(8, 4, generator=drawing), "bias": torch.randn(4, generator=drawing)}
+    ours, plain = ({name: nn.Parameter(value.clone()) for name, value in start.items()} for _ in range(2))
+    fused = build_optimizer([ParameterGroup("base", ours)], 1e-2, weight_decay=0.1)
+    naive = torch.optim.AdamW(
+        [{"params": [plain["weight"]], "weight_decay": 0.1}, {"params": [plain["bias"]], "weight_decay": 0.0}],
+        lr=1e-2,
+        foreach=False,
+        fused=False,
+    )
+    for _ in range(5):
+        for name, value in start.items():
+            ours[name].grad = torch.randn(value.shape, generator=drawing)
+            plain[name].grad = ours[name].grad.clone()
+        fused.step()
+        naive.step()
+    torch.testing.assert_close(ours, plain, atol=1e-6, rtol=0)
+    assert not torch.allclose(ours["weight"], start["weight"], atol=1e-3)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
-from support.workflow import REPOSITORY, Workflow, make_workflow
+from support.workflow import REPOSITORY, Workflow, make_workflow, rule_texts
 
 PLUGINS = {
     "default": (),
@@ -25,13 +25,6 @@ EMPTY_BUCKET = b"<ListBucketResult><IsTruncated>false</IsTruncated><KeyCount>0</
 def profile(name: str) -> dict[str, Any]:
     """A profile's settings."""
     return yaml.safe_load((REPOSITORY / "profiles" / name / "config.yaml").read_text())
-
-
-def rules() -> dict[str, str]:
-    """The text of every rule that makes a file, by its name."""
-    text = "".join(path.read_text() for path in sorted((REPOSITORY / "rules").glob("*.smk")))
-    parts = re.split(r"^rule (\w+):$", text, flags=re.MULTILINE)[1:]
-    return dict(zip(parts[::2], parts[1::2], strict=True))
 
 
 @pytest.fixture
@@ -77,14 +70,14 @@ def test_a_dry_run_under_each_profile_plans_everything(name: str, tiny_model: Pa
 
 def test_on_slurm_gpu_jobs_go_to_the_gpu_partition_and_all_others_share_submissions() -> None:
     settings = profile("slurm")
-    gpu_rules = {name for name, text in rules().items() if re.search(r"^ +gpu=", text, re.MULTILINE)}
+    gpu_rules = {name for name, text in rule_texts().items() if re.search(r"^ +gpu=", text, re.MULTILINE)}
     assert gpu_rules, "no rule asks for a GPU"
     assert settings["set-resources"].keys() == gpu_rules
-    assert settings["groups"].keys() == rules().keys() - gpu_rules
+    assert settings["groups"].keys() == rule_texts().keys() - gpu_rules
 
 
 def test_every_rule_says_how_much_memory_and_time_it_needs() -> None:
-    for name, text in rules().items():
+    for name, text in rule_texts().items():
         for resource in ("mem_mb", "runtime"):
             assert re.search(rf"^ +{resource}=", text, re.MULTILINE), f"rule {name} has no {resource}"
 

@@ -19,6 +19,7 @@ import shutil
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ from stillhouse.training.checkpoints import (
     save_weights,
 )
 from stillhouse.training.data_order import examples_of_step, slice_of_process
+from stillhouse.training.loading import Loader
 from stillhouse.training.objective import Objective, TrainingData
 from stillhouse.training.optimizers import (
     ParameterGroup,
@@ -183,8 +185,9 @@ class Trainer:
         groups = groups or parameter_groups(model, settings.learning_rate_multipliers)
         self.parameters = trained_parameters(groups)
         self.clipped = [trained_parameters([group]) for group in groups] if clip_apart else [self.parameters]
-        self.optimizer = build_optimizer(groups, settings.learning_rate, settings.weight_decay, self.device)
+        self.optimizer = build_optimizer(groups, settings.learning_rate, settings.weight_decay)
         self.progress = Progress(micro_batch_tokens=settings.micro_batch_tokens)
+        self.loader = Loader(self._micro_batches, settings.steps, self.device)
 
     def resume(self) -> int:
         """Load the newest valid state; returns the number of completed steps."""
@@ -215,7 +218,7 @@ class Trainer:
         metrics = MetricsFile(self.work_dir / METRICS_FILE, completed) if main else None
         report = ProgressReport(settings.steps, completed, run_name) if main else None
         self.model.train()
-        with StopRequest() as stop:
+        with StopRequest() as stop, closing(self.loader):
             for step in range(completed + 1, settings.steps + 1):
                 try:
                     row, stopped = self.update(step, stop)
@@ -327,8 +330,8 @@ class Trainer:
                     ) from error
             # Outside the handler: the traceback held the tensors of the failed pass.
             clear_device_cache(garbage_collection=True)
-            examples, budget = self._examples(step), self.progress.micro_batch_tokens
-            if sum(1 for _ in self.data.micro_batches(examples, budget)) == len(examples):
+            budget = self.progress.micro_batch_tokens
+            if sum(1 for _ in self._micro_batches(step, budget)) == len(self._examples(step)):
                 raise UserError(
                     f"step {step}: a single example does not fit in memory: switch on gradient_checkpointing, "
                     "lower max_length, or use a larger device"
@@ -348,14 +351,14 @@ class Trainer:
             # A cast that a teacher's pass without gradients left in the cache would cut the student's graph.
             cache_enabled=False,
         )
-        micro_batches = self.data.micro_batches(self._examples(step), self.progress.micro_batch_tokens)
-        for micro_batch, counted in self._in_step(micro_batches):
+        micro_batches = self.loader.micro_batches(step, self.progress.micro_batch_tokens)
+        for (micro_batch, tokens), counted in self._in_step(micro_batches):
             with autocast:
-                terms = self.objective(self.model, micro_batch.to(self.device), step)
+                terms = self.objective(self.model, micro_batch, step)
             (terms.total if counted else 0 * terms.total).backward()
             if not counted:
                 continue
-            fixed = {"loss": terms.total.detach(), "count": terms.count, "tokens": micro_batch.tokens}
+            fixed = {"loss": terms.total.detach(), "count": terms.count, "tokens": tokens}
             named = {**terms.terms, **fixed}
             for name, value in named.items():
                 sums[name] = sums[name] + (value.double() if isinstance(value, Tensor) else value)
@@ -371,6 +374,9 @@ class Trainer:
         torch.distributed.all_reduce(passes, torch.distributed.ReduceOp.MAX)
         for number in range(int(passes)):
             yield own[min(number, len(own) - 1)], number < len(own)
+
+    def _micro_batches(self, step: int, token_budget: int) -> Iterable[Any]:
+        return self.data.micro_batches(self._examples(step), token_budget)
 
     def _examples(self, step: int) -> Sequence[int]:
         indices = examples_of_step(step, self.settings.batch_size, len(self.data), self.seed)

@@ -55,7 +55,8 @@ class TrainingData(Protocol[BatchOut]):
     def micro_batches(self, indices: Sequence[int], token_budget: int) -> Iterator[BatchOut]:
         """The examples of `indices` in micro-batches of at most `token_budget` tokens, on the CPU.
 
-        An example longer than the budget stands alone: the budget bounds memory and drops nothing.
+        An example longer than the budget stands alone: the budget bounds memory and drops nothing. They are made
+        ahead in a thread of their own, so they draw nothing from global random generators.
         """
         ...
 

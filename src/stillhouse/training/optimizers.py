@@ -55,10 +55,8 @@ def parameter_groups(model: nn.Module, multipliers: Mapping[str, float]) -> list
     ]
 
 
-def build_optimizer(
-    groups: Sequence[ParameterGroup], learning_rate: float, weight_decay: float, device: torch.device
-) -> torch.optim.AdamW:
-    """AdamW with PyTorch's betas; vectors (norms and biases) are not decayed. Fused on a GPU."""
+def build_optimizer(groups: Sequence[ParameterGroup], learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW with PyTorch's betas, fused; vectors (norms and biases) are not decayed."""
     optimizer_groups = []
     for group in groups:
         for decayed in (True, False):
@@ -73,7 +71,7 @@ def build_optimizer(
                         "weight_decay": weight_decay if decayed else 0.0,
                     }
                 )
-    return torch.optim.AdamW(optimizer_groups, lr=learning_rate, fused=device.type == "cuda")
+    return torch.optim.AdamW(optimizer_groups, lr=learning_rate, fused=True)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float, step: int) -> dict[str, float]:
