@@ -212,8 +212,9 @@ def test_anchor_bos_padding_and_the_first_step_hold_for_packaged_tokenizers(pack
     assert reader.bos_ids == ([2] if packaged.name == "gemma3_270m" else [])
     assert reader.text_prompt(TEXTS[0], "content_only") == tokenizer(TEXTS[0]).input_ids + reader.anchor_ids
 
-    rows, answers = [reader.answer_ids(answer) for answer in ANSWERS], answers_of(reader)
-    assert len(rows[0]) != len(rows[1])
+    texts = ("a much longer answer than that", "17")
+    rows, answers = [reader.answer_ids(answer) for answer in texts], answers_of(reader, texts)
+    assert len(rows[0]) > len(rows[1])
     for ids, labels, mask in zip(rows, answers.labels.tolist(), answers.attention_mask.tolist(), strict=True):
         padded = answers.labels.shape[1] - len(ids)
         # Where the pad token is the one that ends an answer, the end is a label all the same.
@@ -221,7 +222,7 @@ def test_anchor_bos_padding_and_the_first_step_hold_for_packaged_tokenizers(pack
     prompts = [reader.text_prompt(text) for text in TEXTS]
     batch = reader.text_embeddings(prompts)
     assert batch.attention_mask.sum(1).tolist() == [len(prompt) for prompt in prompts]
-    expected = [naive_answer_logits(reader, prompt, one) for prompt, one in zip(prompts, ANSWERS, strict=True)]
+    expected = [naive_answer_logits(reader, prompt, one) for prompt, one in zip(prompts, texts, strict=True)]
     assert torch.allclose(reader.answer_logits(batch, answers), torch.cat(expected), atol=1e-4)
     for prompt in (batch, reader.prompt_embeddings(torch.randn(2, 3, reader.hidden_size))):
         reader.check_first_step(prompt, answers)
