@@ -140,6 +140,22 @@ def test_seeds_and_tokens_combine_to_a_difference_per_token() -> None:
     assert (comparison.difference, comparison.low, comparison.high) == pytest.approx((0.1, 0.1, 0.1))
 
 
+@pytest.mark.parametrize("items", [6, 8, 16])
+def test_few_items_are_covered_and_called_different_as_often_as_stated(items: int) -> None:
+    # A bare percentile bootstrap of 8 normal items covers 88 % and finds a difference in 12 % of nothing.
+    random = np.random.default_rng(items)
+    found = [paired_difference_over_seeds(sample, np.zeros(items)) for sample in random.normal(size=(600, items))]
+    assert 0.925 <= np.mean([one.low <= 0 <= one.high for one in found]) <= 0.98
+    assert 0.02 <= np.mean([one.p_value < 0.05 for one in found]) <= 0.075
+
+
+@pytest.mark.parametrize("items", [1, 2, 4, 6, 8, 16])
+def test_items_that_all_agree_are_no_stronger_than_the_test_of_their_signs(items: int) -> None:
+    differences = 1 + np.linspace(0, 0.01, items) + np.zeros((3, items))
+    found = paired_difference_over_seeds(differences, np.zeros((3, items)))
+    assert found.p_value >= max(2.0 ** (1 - items), 0.001)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,11 +72,12 @@ def write_evaluation(
     model: str = "tiny",
     distances: Mapping[str, float] = DISTANCES,
     facts: Mapping[str, Mapping[str, Any]] | None = None,
+    seeds: Sequence[int] = SEEDS,
 ) -> Path:
     """An evaluation of these conditions as files; returns the path of its results.json."""
     systems, frames = [], []
     for condition, distance in distances.items():
-        for seed in (0,) if condition in UNTRAINED else SEEDS:
+        for seed in (0,) if condition in UNTRAINED else seeds:
             system = system_facts(condition, seed, **(facts or {}).get(condition, {}))
             systems.append(system)
             frames.append(system_rows(condition, seed, "deployed", distance, tasks=True))
@@ -104,7 +105,7 @@ def write_evaluation(
 
 
 def swept(folder: Path) -> Path:
-    """Two policies at three learning rates, and a full grid of beta and lambda."""
+    """Two policies at three learning rates, and a full grid of beta and lambda, with one seed."""
     distances, facts = {"teacher": 0.0, "ptq": 1.0}, {}
     for share in (0.0, 1.0):
         for rate, distance in ((1e-5, 0.8), (1e-4, 0.5), (1e-3, 0.9)):
@@ -125,7 +126,7 @@ def swept(folder: Path) -> Path:
                 "learning_rate": 2e-4,
                 "validation_kl": 0.1 * distances[name],
             }
-    return write_evaluation(folder, distances=distances, facts=facts)
+    return write_evaluation(folder, distances=distances, facts=facts, seeds=SEEDS[:1])
 
 
 def write_student(folder: Path, condition: str, seed: int, model: str = "tiny") -> Path:

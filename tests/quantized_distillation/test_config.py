@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from pydantic import ValidationError
+from support.workflow import merged
 
 from stillhouse.config.quantization import WeightFormat
-from stillhouse.studies.configuration import embedded_configuration
+from stillhouse.studies.configuration import embedded_configuration, load_configuration
 from stillhouse.studies.quantized_distillation.config import QuantizedDistillationConfig
+from stillhouse.studies.quantized_distillation.evaluation_settings import EvaluationSettings
 from stillhouse.studies.quantized_distillation.run_settings import RunSettings
 
 MODEL = "smollm2_135m"
+FULL_SIZE = "qwen3_4b_instruct"
+CONFIG = Path(__file__).resolve().parents[2] / "config"
+
+
+@cache
+def experiment(name: str) -> QuantizedDistillationConfig:
+    """A shipped experiment over the default configuration."""
+    files = (CONFIG / "config.yaml", CONFIG / f"experiments/quantized_{name}.yaml")
+    default, changes = (yaml.safe_load(file.read_text()) for file in files)
+    return load_configuration(merged(default, changes), files, {}).quantized_distillation
 
 
 @pytest.mark.parametrize(
@@ -81,7 +96,7 @@ def test_a_run_does_not_depend_on_settings_that_it_never_reads() -> None:
     assert leaves(**off) == leaves(**off, teacher={"batch_tokens": 1024})
 
 
-def test_formats_are_told_apart_by_name() -> None:
+def test_formats_are_told_apart_by_name_and_nothing_claims_nvfp4_arithmetic() -> None:
     formats = [
         WeightFormat(),
         WeightFormat(group_size=64),
@@ -95,7 +110,7 @@ def test_formats_are_told_apart_by_name() -> None:
         "int4-g128",
         "int4-g64",
         "int4-g64-asymmetric",
-        "nvfp4",
+        "nvfp4-emulated",
         "nvfp4-emulated",
         "nf4",
         "fp4",
@@ -108,3 +123,41 @@ def test_the_default_shows_a_gap_and_has_three_seeds() -> None:
     assert (chosen.kind, chosen.group, chosen.symmetric) == ("int4", 64, True)
     assert len(study.seeds) == 3
     assert {"teacher", "ptq", "off_policy", "on_policy"} <= set(study.conditions)
+    assert study.evaluation.answers and study.evaluation.answers >= 16
+    assert all(text.tokens and text.tokens >= 16 * study.evaluation.stretch for text in study.evaluation.texts.values())
+
+
+@pytest.mark.parametrize("name", ["qwen3_4b", "beta_lambda", "learning_rate", "rank_and_format"])
+def test_the_full_size_experiments_have_the_published_settings(name: str) -> None:
+    study, published = experiment(name), RunSettings()
+    run = study.run_settings(FULL_SIZE, "on_policy")
+    assert (study.models, len(study.seeds)) == ((FULL_SIZE,), 3)
+    assert (run.training.batch_size, run.training.save_every) == (8, 100)
+    same = {"micro_batch_tokens", "save_every", "resume_every"}
+    assert run.training.model_dump(exclude=same) == published.training.model_dump(exclude=same)
+    for part in ("max_length", "response_room", "lora_quantisation", "sampling", "format"):
+        assert getattr(run, part) == getattr(published, part), part
+    for part in ("window", "stride", "stretch", "answers", "gap_seeds"):
+        assert getattr(study.evaluation, part) == getattr(EvaluationSettings(), part), part
+    assert (study.baselines.samples, study.baselines.tokens) == (512, 2048)
+    assert set(study.evaluation.tasks) == {"hellaswag", "arc_easy", "arc_challenge", "winogrande", "mmlu"}
+    assert all(task.items is None for task in study.evaluation.tasks.values())
+
+
+def test_the_full_size_sweeps_are_the_published_grids() -> None:
+    def points(name: str, sweep: str) -> list[tuple[Any, ...]]:
+        # YAML takes 1e-6 for a word; the run's settings take the word for a number.
+        return [tuple(map(number, point.values.values())) for point in experiment(name).sweeps[sweep].points()]
+
+    def number(value: Any) -> Any:
+        return float(value) if isinstance(value, str) and value[0].isdigit() else value
+
+    assert points("beta_lambda", "grid") == [(beta, share) for beta in (0, 0.5, 1) for share in (0, 0.5, 1)]
+    for policy, short in (("off_policy", "off"), ("on_policy", "on")):
+        assert points("learning_rate", policy) == [(1e-6,), (5e-6,), (1e-5,), (5e-5,), (1e-4,)]
+        assert points("rank_and_format", f"rank_{short}") == [(4,), (8,), (16,), (32,), (64,)]
+        assert points("rank_and_format", f"format_{short}") == [("int4",), ("nf4",), ("fp4",)]
+        for name, sweep in (("learning_rate", policy), ("rank_and_format", f"rank_{short}")):
+            assert experiment(name).sweeps[sweep].condition == policy
+    nvfp4 = experiment("rank_and_format").run_settings(FULL_SIZE, "on_policy_nvfp4")
+    assert (nvfp4.format.name, nvfp4.distillation.on_policy_share) == ("nvfp4-emulated", 1)

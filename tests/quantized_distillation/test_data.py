@@ -16,6 +16,7 @@ from stillhouse.runtime.errors import UserError
 from stillhouse.studies.quantized_distillation.baselines import calibration_rows
 from stillhouse.studies.quantized_distillation.data import filtered, read_instructions
 from stillhouse.studies.quantized_distillation.evaluation_settings import (
+    GPTQ_COSTS,
     BaselineSettings,
     calibration_objection,
     reasons_not_run,
@@ -92,3 +93,4 @@ def test_what_was_not_run_has_its_reason() -> None:
     assert reasons_not_run(("teacher", "ptq", "gptq")) == {
         "awq": "not among the conditions; llmcompressor's AWQ needs a GPU"
     }
+    assert reasons_not_run(("teacher",))["gptq"].endswith(GPTQ_COSTS)

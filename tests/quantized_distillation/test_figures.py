@@ -34,15 +34,19 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_evaluation(tmp_path_factory.mktemp("other"), model="other")
+
+
+@pytest.fixture(scope="module")
 def sweeps(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return swept(tmp_path_factory.mktemp("sweeps"))
 
 
 @pytest.mark.parametrize("name", FROM_EVALUATIONS)
 def test_a_figure_is_made_of_one_model_of_several_and_of_sweeps(
-    name: str, results: Path, sweeps: Path, tmp_path: Path
+    name: str, results: Path, other: Path, sweeps: Path, tmp_path: Path
 ) -> None:
-    other = write_evaluation(tmp_path / "other", model="other")
     first = draw(name, tmp_path / "a.png", results=[results])
     assert first == draw(name, tmp_path / "b.png", results=[results])
     for inputs in ([results, other], [sweeps]):

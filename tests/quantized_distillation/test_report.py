@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from stillhouse.evaluation.statistics import holm
 from stillhouse.reporting.steps import ReportStep
 from stillhouse.runtime.commands import parse_settings
 from stillhouse.studies.quantized_distillation.comparisons import (
@@ -22,7 +23,7 @@ from stillhouse.studies.quantized_distillation.comparisons import (
 )
 from stillhouse.studies.quantized_distillation.report import main
 from stillhouse.studies.quantized_distillation.results import QuantizedEvaluation
-from tests.quantized_distillation.fake_results import DISTANCES, swept, write_evaluation
+from tests.quantized_distillation.fake_results import DISTANCES, ITEMS, swept, write_evaluation
 
 
 @pytest.fixture(scope="module")
@@ -35,14 +36,26 @@ def evaluation(results: Path) -> QuantizedEvaluation:
     return load_evaluations([results])[0]
 
 
+@pytest.fixture(scope="module")
+def made(results: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the section and the tables of one evaluation."""
+    folder = tmp_path_factory.mktemp("made")
+    make(results, folder)
+    return folder
+
+
+def table(folder: Path, name: str) -> list[dict[str, str]]:
+    return list(csv.DictReader((folder / f"tables/{name}.csv").open()))
+
+
 def make(results: Path, folder: Path) -> str:
     arguments = [f"results=[{results}]", f"section={folder / 'section.md'}", f"tables={folder / 'tables'}"]
     main(parse_settings(ReportStep, arguments))
     return (folder / "section.md").read_text()
 
 
-def test_the_section_says_damage_recovery_and_what_was_not_run(results: Path, tmp_path: Path) -> None:
-    text = make(results, tmp_path)
+def test_the_section_says_damage_recovery_and_what_was_not_run(made: Path) -> None:
+    text = (made / "section.md").read_text()
     assert "rounding to nearest takes the perplexity of wikipedia from" in text
     for condition in ("gptq", "off_policy", "on_policy"):
         assert f"`{condition}` closed" in text
@@ -50,14 +63,48 @@ def test_the_section_says_damage_recovery_and_what_was_not_run(results: Path, tm
     assert "too coarse to test the published difference of 0.3 points" in text
     assert "itself a dequantised file" in text and "arc_easy 1.0" in text
     assert "perplexity_curve.png" in text and "sweep_lr.png" not in text, "a figure of a sweep that was not run"
-    names = {path.stem for path in (tmp_path / "tables").glob("*.csv")}
+    names = {path.stem for path in (made / "tables").glob("*.csv")}
     assert names == {"systems", "texts", "tasks", "recovered", "paired", "gaps"}
+
+
+def test_every_condition_is_compared_with_its_ptq_and_the_policies_with_each_other(
+    made: Path, evaluation: QuantizedEvaluation
+) -> None:
+    rows = [row for row in table(made, "paired") if row["metric"] == "KL, wikipedia"]
+    pairs = [(name, "ptq") for name in ("gptq", "off_policy", "on_policy", "teacher")] + [("on_policy", "off_policy")]
+    assert [row["comparison"] for row in rows] == [f"{first} minus {second}" for first, second in pairs]
+    compared = [compare(evaluation, *pair, text_measures(evaluation)[1]) for pair in pairs]
+    for row, (first, second), found in zip(rows, pairs, compared, strict=True):
+        assert found is not None and float(row["difference"]) == pytest.approx(found.difference)
+        assert float(row["difference"]) == pytest.approx(45 / 128 * (DISTANCES[first] - DISTANCES[second]), abs=0.05)
+        assert (float(row["difference_low"]), float(row["difference_high"])) == pytest.approx((found.low, found.high))
+        assert int(row["items"]) == ITEMS["wikipedia"]
+    adjusted = holm([found.p_value for found in compared if found])
+    assert [float(row["p"]) for row in rows] == pytest.approx(adjusted)
+    metrics = {row["metric"] for row in table(made, "paired")}
+    assert metrics >= {"NLL, the test answers", "acc, ARC-Easy", "acc_norm, mean accuracy"}
+
+
+def test_the_gaps_are_those_of_merging_and_of_conversion(made: Path) -> None:
+    rows = table(made, "gaps")
+    merged, converted = "merged minus beside", "converted minus fake-quantised"
+    assert [(row["condition"], row["comparison"]) for row in rows] == [
+        (condition, words) for condition in ("off_policy", "on_policy") for words in (merged, converted)
+    ]
+    for row in rows:
+        # Beside the weights the made-up LoRA is a fifth nearer to the teacher; conversion changes nothing.
+        distance = 0.2 * DISTANCES[row["condition"]] if row["comparison"] == merged else 0
+        assert float(row["kl"]) == pytest.approx(45 / 128 * distance, rel=0.2)
+        assert float(row["kl_low"]) <= float(row["kl"]) <= float(row["kl_high"])
+        assert float(row["nll"]) == pytest.approx(51 / 128 * distance, rel=0.2)
+        assert row["placement"] == "merged"
+        assert row["logits"] == ("" if row["comparison"] == merged else "1e-06")
 
 
 def test_a_sweep_has_a_table_whose_winner_validation_picks(tmp_path: Path) -> None:
     text = make(swept(tmp_path / "results"), tmp_path)
     assert "sweep_lr.png" in text and "beta_lambda.png" in text
-    rows = list(csv.DictReader((tmp_path / "tables/sweep.csv").open()))
+    rows = table(tmp_path, "sweep")
     assert rows[0]["picked"] == "picked" and {row["picked"] for row in rows[1:]} == {""}
     assert float(rows[0]["validation_kl"]) == min(float(row["validation_kl"]) for row in rows)
 

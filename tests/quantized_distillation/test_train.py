@@ -174,6 +174,13 @@ def test_the_exported_student_is_the_checkpoint_with_the_lowest_validation_kl(
         torch.testing.assert_close(real(input_ids=ids).logits, fake(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
 
 
+def test_an_export_whose_logits_are_not_the_students_is_refused() -> None:
+    expected = torch.tensor([[1.0, -2.0]])
+    assert export.relative_difference(expected + 1e-3, expected, WeightFormat()) == pytest.approx(5e-4, rel=1e-2)
+    with pytest.raises(UserError, match=r"int4-g128: .* differ by 0\.005 of their size .*tolerance 0\.001"):
+        export.relative_difference(expected + 1e-2, expected, WeightFormat())
+
+
 def test_a_student_without_validation_rows_is_refused(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
     with pytest.raises(UserError, match="has no validation_kl: train again"):

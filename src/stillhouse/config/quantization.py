@@ -64,7 +64,10 @@ class WeightFormat(StrictModel):
     )
     emulated: Annotated[
         bool,
-        Field(description="nvfp4 on a machine without NVFP4 arithmetic: products of the rounded weights, labelled so."),
+        Field(
+            description="nvfp4 on a machine without NVFP4 arithmetic. Products are of the rounded weights, in the "
+            "model's precision, on every machine: the name is `nvfp4-emulated` either way."
+        ),
     ] = False
 
     @property
@@ -77,7 +80,7 @@ class WeightFormat(StrictModel):
         """A name for paths and tables: `int4-g64`, `int4-g32-asymmetric`, `nvfp4-emulated`, `nf4`."""
         if self.kind == "int4":
             return f"int4-g{self.group}" + ("" if self.symmetric else "-asymmetric")
-        return f"{self.kind}-emulated" if self.emulated else self.kind
+        return "nvfp4-emulated" if self.kind == "nvfp4" else self.kind
 
     def objection(self, machine: Machine) -> str | None:
         """Why this machine cannot run the format, and what to do; None where it can."""

@@ -1,7 +1,8 @@
 """Intervals and paired tests for per-item scores: every reported number comes with its n and its interval.
 
 Items are the unit of sampling: intervals say what another draw of test items would give. Paired forms resample
-the two systems' answers to the same item together. Imports numpy and scipy only: figures and tables may use it.
+the two systems' answers to the same item together. Percentiles lie further out the fewer the items, as Student's t:
+a bare bootstrap of a handful is too sure. Imports numpy and scipy only: figures and tables may use it.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> Estimat
 def bootstrap_mean_interval(
     values: ArrayLike, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
 ) -> Estimate:
-    """Mean over items with its percentile bootstrap interval (Efron 1979)."""
+    """Mean over items with its expanded percentile bootstrap interval (Efron 1979, Hesterberg 2015)."""
     (items,) = _aligned(values)
     return bootstrap_ratio_interval(items, np.ones_like(items), confidence, resamples, seed)
 
@@ -81,13 +82,13 @@ def bootstrap_ratio_interval(
     resamples: int = 10_000,
     seed: int = 0,
 ) -> Estimate:
-    """`sum(numerators) / sum(denominators)`, such as nats per token, with its percentile bootstrap interval.
+    """`sum(numerators) / sum(denominators)`, such as nats per token, with its bootstrap interval.
 
     An item is drawn whole, its nats together with its tokens.
     """
     above, below = _aligned(numerators, denominators)
     draws = _bootstrap(len(above), resamples, seed, lambda rows: _ratio(above[rows], below[rows]))
-    low, high = _percentiles(draws, confidence)
+    low, high = _percentiles(draws, confidence, len(above))
     return Estimate(float(_ratio(above, below)), low, high, len(above))
 
 
@@ -166,11 +167,9 @@ def paired_difference_over_seeds(
     weights = np.ones(items) if tokens is None else np.asarray(tokens, float)
     _aligned(differences[0], weights)
     resampled = _remembered_resamples if resamples * items <= _REMEMBERED_DRAWS else _two_way_resamples
-    chunks = [
-        ((counts @ differences.T) * seed_weights).sum(axis=1) / (counts @ weights)
-        for seed_weights, counts in resampled(seeds, items, resamples, seed)
-    ]
-    draws = np.concatenate(chunks)
+    columns = np.column_stack([*differences, weights])
+    sums = ((seed_weights, counts @ columns) for seed_weights, counts in resampled(seeds, items, resamples, seed))
+    draws = np.concatenate([(both[:, :-1] * shares).sum(axis=1) / both[:, -1] for shares, both in sums])
     return _comparison(float(differences.mean(axis=0).sum() / weights.sum()), draws, confidence, items)
 
 
@@ -205,7 +204,7 @@ def _two_way_resamples(seeds: int, items: int, resamples: int, seed: int) -> Ite
         yield seed_weights[rows], counts.astype(np.min_scalar_type(items))
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=32)  # a report's sets, each of its size, with one seed and with several
 def _remembered_resamples(seeds: int, items: int, resamples: int, seed: int) -> list[tuple[Floats, NDArray[Any]]]:
     """The same: they depend on sizes alone, and a study compares many systems on the same items."""
     return list(_two_way_resamples(seeds, items, resamples, seed))
@@ -218,8 +217,23 @@ def _bootstrap(items: int, resamples: int, seed: int, statistic: Callable[[NDArr
     return np.concatenate([statistic(random.integers(items, size=shape)) for shape in chunks])
 
 
-def _percentiles(draws: Floats, confidence: float) -> tuple[float, float]:
-    tail = (1 - confidence) / 2
+def _expansion(items: int) -> tuple[int, float]:
+    """Degrees of freedom and factor by which a bootstrap's normal quantile becomes that of so many items.
+
+    A resample varies by the sample's own variance, (n - 1)/n of an unbiased estimate of the truth's, and the
+    percentiles of resamples are normal where those of n items are Student's t.
+    """
+    degrees = max(items - 1, 1)
+    return degrees, float(np.sqrt(1 + 1 / degrees))
+
+
+def _percentiles(draws: Floats, confidence: float, items: int) -> tuple[float, float]:
+    """The expanded percentile interval (Hesterberg 2015, The American Statistician 69(4), section 5.3).
+
+    It stays inside the draws: with fewer than 6 items no percentile reaches 95 %, and it spans all draws.
+    """
+    degrees, factor = _expansion(items)
+    tail = float(stats.norm.cdf(factor * stats.t.ppf((1 - confidence) / 2, degrees)))
     low, high = np.quantile(draws, [tail, 1 - tail])
     return float(low), float(high)
 
@@ -227,13 +241,15 @@ def _percentiles(draws: Floats, confidence: float) -> tuple[float, float]:
 def _comparison(difference: float, draws: Floats, confidence: float, items: int) -> PairedComparison:
     """Interval and p from the resampled differences.
 
-    p is twice the smaller share of draws on either side of zero, the level at which the interval would just
-    touch zero, with one draw added so that it is never 0 (Davison and Hinkley 1997, eq. 4.11).
+    p is the level at which the interval would just touch zero, from the smaller share of draws on either side of it,
+    with one draw added so that it is never 0 (Davison and Hinkley 1997, eq. 4.11); and never below 2^(1-n), the least
+    that any test by the signs of n items can find.
     """
-    low, high = _percentiles(draws, confidence)
-    side = min((draws <= 0).sum(), (draws >= 0).sum())
-    p_value = min(1.0, 2 * float(side + 1) / (len(draws) + 1))
-    return PairedComparison(difference, low, high, p_value, items)
+    low, high = _percentiles(draws, confidence, items)
+    degrees, factor = _expansion(items)
+    share = (min((draws <= 0).sum(), (draws >= 0).sum()) + 1) / (len(draws) + 1)
+    p_value = 2 * float(stats.t.cdf(stats.norm.ppf(share) / factor, degrees))
+    return PairedComparison(difference, low, high, min(1.0, max(p_value, 2.0 ** (1 - items))), items)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -1,8 +1,8 @@
-"""Real conversion: a merged and quantised model as a directory that transformers loads, and vLLM for int4.
+"""Real conversion: a merged and quantised model as a directory that transformers loads.
 
-int4 and nvfp4 are written as compressed-tensors packs them, nf4 and fp4 as bitsandbytes does. The numbers are those of
-`quantization`: codes and scales are computed there, not by the packing library, so that the exported model computes
-what the fake-quantised one did.
+int4 (in the layout that vLLM reads, see docs/protocol.md) and nvfp4 are written as compressed-tensors packs them, nf4
+and fp4 as bitsandbytes does. The numbers are those of `quantization`: codes and scales are computed there, not by the
+packing library, so that the exported model computes what the fake-quantised one did.
 """
 
 from __future__ import annotations

@@ -6,12 +6,12 @@ are several; every comparison is paired on the same items.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 
 from stillhouse.evaluation.statistics import (
@@ -33,7 +33,6 @@ from stillhouse.studies.quantized_distillation.results import (
 )
 
 Floats = NDArray[np.float64]
-RESAMPLES = 10_000
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,8 @@ def task_measures(evaluation: QuantizedEvaluation, column: str = "acc") -> list[
     The mean of `acc_norm` takes `acc` for tasks that do not define it.
     """
     tasks = evaluation.results.sets("task")
-    defined = {name for name in tasks if not _rows(evaluation, TEACHER, "task", name)[0][column].isna().any()}
+    rows = {name: evaluation.rows[TEACHER, 0, "deployed", "task", name] for name in tasks}
+    defined = {name for name in tasks if not rows[name][column].isna().any()}
     found = [_accuracy(column, (name,), TASK_NAMES.get(name, name)) for name in tasks if name in defined]
     return [*found, _accuracy(column, tuple(tasks), "mean of the tasks")] if len(tasks) > 1 else found
 
@@ -150,6 +150,7 @@ def estimate(
     return Estimate(both.difference, low, high, both.n)
 
 
+@lru_cache(maxsize=4096)  # tables, figures and sentences ask the same again and again
 def compare(
     evaluation: QuantizedEvaluation,
     condition: str,
@@ -157,14 +158,18 @@ def compare(
     measure: Measure,
     variants: tuple[Variant, Variant] = ("deployed", "deployed"),
 ) -> PairedComparison | None:
-    """`condition` minus `other` on the same items, over seeds where there are several; None where one is missing."""
-    first = _values(evaluation, condition, measure, variants[0])
-    second = _values(evaluation, other, measure, variants[1])
+    """`condition` minus `other` on the same items, over seeds where there are several; None where one is missing.
+
+    What is not trained has no seed: it meets every seed of the other. Variants of one condition: the seeds of both.
+    """
+    both = None
+    if condition == other:
+        both = set.intersection(*(_seeds(evaluation, condition, variant, measure) for variant in variants))
+    first = _values(evaluation, condition, measure, variants[0], both)
+    second = _values(evaluation, other, measure, variants[1], both)
     if first is None or second is None:
         return None
-    seeds = max(len(first[0]), len(second[0]))
-    # What is not trained has no seed: it meets every seed of the other.
-    ours, theirs = (np.tile(values, (seeds // len(values), 1)) for values, _ in (first, second))
+    ours, theirs = np.broadcast_arrays(first[0], second[0])
     paired = paired_difference_over_seeds(ours, theirs, first[1])
     if not measure.is_share:
         return paired
@@ -202,18 +207,12 @@ def closed_share(evaluation: QuantizedEvaluation, condition: str, measure: Measu
     rounding did no damage, or something was not measured.
     """
     base = rounded(evaluation, condition)
-    found = [_values(evaluation, name, measure, "deployed") for name in (condition, base, TEACHER)]
+    found = [_values(evaluation, name, measure) for name in (condition, base, TEACHER)]
     if any(one is None for one in found) or not damaged(evaluation, measure, base):
         return None
     ours, ptq, teacher = (one[0] for one in found if one is not None)
-    seeds, items = ours.shape
-    gained, whole = ptq - ours, (ptq - teacher)[0]
-    random = np.random.default_rng(0)
-    seed_weights = random.multinomial(seeds, np.full(seeds, 1 / seeds), size=RESAMPLES) / seeds
-    item_counts = random.multinomial(items, np.full(items, 1 / items), size=RESAMPLES)
-    draws = ((item_counts @ gained.T) * seed_weights).sum(axis=1) / (item_counts @ whole)
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return Estimate(float(gained.mean(axis=0).sum() / whole.sum()), float(low), float(high), items)
+    both = paired_difference_over_seeds(np.broadcast_to(ptq, ours.shape), ours, (ptq - teacher)[0])
+    return Estimate(both.difference, both.low, both.high, both.n)
 
 
 def sample_note(evaluations: Sequence[QuantizedEvaluation]) -> str:
@@ -230,23 +229,29 @@ def sample_note(evaluations: Sequence[QuantizedEvaluation]) -> str:
     return f"{'. '.join(notes)}. 95 % intervals over {over}."
 
 
-def _rows(
-    evaluation: QuantizedEvaluation, condition: str, kind: Kind, name: str, variant: Variant = "deployed"
-) -> list[pd.DataFrame]:
-    """The rows of a condition on a set, one frame a seed, in the order of item ids; empty where there are none."""
-    keys = [(condition, one.seed, variant, kind, name) for one in evaluation.results.of(condition)]
-    return [evaluation.rows[key] for key in keys if key in evaluation.rows]
+def _seeds(evaluation: QuantizedEvaluation, condition: str, variant: Variant, measure: Measure) -> set[int]:
+    """The seeds of a condition that were measured so."""
+    where = (variant, measure.kind, measure.sets[0])
+    return {one.seed for one in evaluation.results.of(condition) if (condition, one.seed, *where) in evaluation.rows}
 
 
 def _values(
-    evaluation: QuantizedEvaluation, condition: str, measure: Measure, variant: Variant
+    evaluation: QuantizedEvaluation,
+    condition: str,
+    measure: Measure,
+    variant: Variant = "deployed",
+    seeds: Collection[int] | None = None,
 ) -> tuple[Floats, Floats] | None:
-    """Per-item sums, [seeds, items], and each item's weight, [items]; their ratio of sums is the measure."""
+    """Per-item sums, [seeds, items], and each item's weight, [items]; their ratio of sums is the measure.
+
+    Items are in the order of their ids. seeds: None for all that were measured.
+    """
     values, weights = [], []
+    chosen = sorted(_seeds(evaluation, condition, variant, measure) if seeds is None else seeds)
+    if not chosen:
+        return None
     for name in measure.sets:
-        frames = _rows(evaluation, condition, measure.kind, name, variant)
-        if not frames:
-            return None
+        frames = [evaluation.rows[condition, seed, variant, measure.kind, name] for seed in chosen]
         tokens = frames[0]["tokens"].to_numpy(dtype=float)
         # Several sets: each counts the same, however many items it has.
         share = 1.0 if len(measure.sets) == 1 else 1.0 / tokens.sum()

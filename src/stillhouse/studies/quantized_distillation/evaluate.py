@@ -109,9 +109,10 @@ class EvaluationJob:
         )
         tasks, texts = self.settings.tasks, self.settings.texts
         paths = iter(step.datasets)
+        self.tokenizer = load_tokenizer(step.model, step.trust_remote_code)
         self.tasks = [task_set(name, task, next(paths), self.settings.item_seed) for name, task in tasks.items()]
-        self.texts = [text_set(name, text, next(paths), step.model, self.settings) for name, text in texts.items()]
-        self.answers = answer_set(step.data, step.rendering, step.model, self.settings.answers)
+        self.texts = [text_set(name, text, next(paths), self.tokenizer, self.settings) for name, text in texts.items()]
+        self.answers = answer_set(step.data, step.rendering, self.tokenizer, self.settings.answers)
         self.versions = task_versions(list(tasks))
         self.computed = self.kept = 0
         self._determined_by = {
@@ -155,8 +156,7 @@ class EvaluationJob:
             for one in missing:
                 logger.info("%s: %s %s", system.system, one.kind, one.name)
                 if isinstance(one, TaskSet):
-                    tokenizer = load_tokenizer(step.model, step.trust_remote_code)
-                    scores = score_choices(model, tokenizer, {one.name: one.questions}, settings.batch_size)
+                    scores = score_choices(model, self.tokenizer, {one.name: one.questions}, settings.batch_size)
                     rows = one.rows(scores[one.name])
                 else:
                     assert head

@@ -37,14 +37,13 @@ def calibration_objection(method: CalibratedMethod, machine: Machine) -> str | N
 
 
 AWQ_NEEDS_A_GPU = "llmcompressor's AWQ needs a GPU"
+GPTQ_COSTS = "calibration takes minutes, and an environment of its own for llmcompressor"
 
 
 def reasons_not_run(conditions: Collection[str]) -> dict[str, str]:
     """The baselines that are not among the conditions, with the reason that a report gives."""
-    known = {"awq": f"not among the conditions; {AWQ_NEEDS_A_GPU}"}
-    return {
-        name: known.get(name, "not among the conditions") for name in ("ptq", *CALIBRATED) if name not in conditions
-    }
+    known = {"ptq": "", "gptq": f"; {GPTQ_COSTS}", "awq": f"; {AWQ_NEEDS_A_GPU}"}
+    return {name: f"not among the conditions{why}" for name, why in known.items() if name not in conditions}
 
 
 class AnswerRendering(StrictModel):
@@ -90,6 +89,9 @@ class EvaluationSettings(StrictModel):
     }
     window: Annotated[int, Field(ge=2, description="Tokens that a model sees at once.")] = 1024
     stride: Annotated[int, Field(ge=1, description="Tokens that each window adds; the others are its context.")] = 512
+    stretch: Annotated[
+        int, Field(ge=1, description="Tokens of a text that are one item of its intervals: neighbours are alike.")
+    ] = 128
     answers: Annotated[int | None, Field(ge=1, description="First N examples of the test split; null: all.")] = None
     gap_seeds: Annotated[
         int | None,

@@ -12,6 +12,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from stillhouse.data.packing import Sequence
 from stillhouse.data.prompts import prompt_renderer
@@ -19,7 +20,6 @@ from stillhouse.data.records import ChoiceQuestion, read_choice_questions, read_
 from stillhouse.evaluation.harness import ChoiceScore, drawn_items, task_definition
 from stillhouse.evaluation.perplexity import sliding_windows, text_tokens
 from stillhouse.evaluation.teacher_agreement import TokenScores
-from stillhouse.models.loading import load_tokenizer
 from stillhouse.runtime.errors import UserError
 from stillhouse.runtime.records import data_digest
 from stillhouse.studies.quantized_distillation.data import read_instructions
@@ -31,24 +31,25 @@ from stillhouse.studies.quantized_distillation.evaluation_settings import (
 )
 from stillhouse.studies.quantized_distillation.results import ANSWERS, Kind
 
-# Tokens of a text that are one item: an interval over single tokens would take them for independent.
-STRETCH = 128
-
 
 @dataclass(frozen=True)
 class TokenSet:
-    """Sequences whose answers are scored token by token; a `text` is measured in stretches, not in windows."""
+    """Sequences whose answers are scored token by token.
+
+    stretch: tokens of a text that are one item, whatever its windows; None: each sequence is one.
+    """
 
     kind: Kind
     name: str
     sequences: tuple[Sequence, ...]
     facts: dict[str, Any]
+    stretch: int | None = None
 
     def rows(self, scores: Items[TokenScores]) -> pd.DataFrame:
         """One row an item: tokens, and the sums of nll, kl and agreement."""
         columns = {name: [getattr(score, name) for score in scores] for name in ("nll", "kl", "agrees")}
-        if self.kind == "text":
-            columns = {name: list(torch.cat(values).split(STRETCH)) for name, values in columns.items()}
+        if self.stretch:
+            columns = {name: list(torch.cat(values).split(self.stretch)) for name, values in columns.items()}
             ids = [f"{self.name}-{number}" for number in range(len(columns["nll"]))]
         else:
             ids = [sequence.example_id for sequence in self.sequences]
@@ -82,20 +83,28 @@ class TaskSet:
 MeasuredSet = TokenSet | TaskSet
 
 
-def text_set(name: str, text: TextTokens, dataset: Path, model: Path, settings: EvaluationSettings) -> TokenSet:
+def text_set(
+    name: str, text: TextTokens, dataset: Path, tokenizer: PreTrainedTokenizerBase, settings: EvaluationSettings
+) -> TokenSet:
     """A text in sliding windows; raises `UserError` where the split is missing or too short."""
     passages = read_passages(dataset / f"{text.split}.jsonl")
-    ids = text_tokens(load_tokenizer(model), (passage.text for passage in passages), text.tokens)
+    ids = text_tokens(tokenizer, (passage.text for passage in passages), text.tokens)
     if len(ids) < 2:
         raise UserError(f"evaluation.texts.{name}: {text.dataset} has {len(ids)} tokens: take a longer text")
     windows = sliding_windows(ids, settings.window, settings.stride, name)
-    facts = {"data": data_digest(dataset), "text": text.model_dump(), "window": [settings.window, settings.stride]}
-    return TokenSet("text", name, tuple(windows), facts)
+    facts = {
+        "data": data_digest(dataset),
+        "text": text.model_dump(),
+        "window": [settings.window, settings.stride, settings.stretch],
+    }
+    return TokenSet("text", name, tuple(windows), facts, settings.stretch)
 
 
-def answer_set(data: Path, rendering: AnswerRendering, model: Path, limit: int | None) -> TokenSet:
+def answer_set(
+    data: Path, rendering: AnswerRendering, tokenizer: PreTrainedTokenizerBase, limit: int | None
+) -> TokenSet:
     """The first examples of the test split that pass the filter."""
-    renderer = prompt_renderer(load_tokenizer(model), rendering.prompt_format)
+    renderer = prompt_renderer(tokenizer, rendering.prompt_format)
     examples = read_instructions(data / "test.jsonl", renderer, rendering.max_length, rendering.response_room, limit)
     facts = {"data": data_digest(data), "rendering": rendering.model_dump(), "limit": limit}
     return TokenSet("answers", ANSWERS, examples.sequences, facts)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 
@@ -235,7 +234,7 @@ def gaps_table(evaluations: Sequence[QuantizedEvaluation]) -> Table:
                 "converted minus fake-quantised": ("deployed", "merged"),
             }
             for words, variants in pairs.items():
-                found = [compare_measured(one, condition, measure, variants) for measure in (nll, kl)]
+                found = [compare(one, condition, condition, measure, variants) for measure in (nll, kl)]
                 if found[0] is not None:
                     differences = [difference(comparison) for comparison in found]
                     largest = max((system.largest_logit_difference or 0.0) for system in systems)
@@ -255,26 +254,6 @@ def gaps_table(evaluations: Sequence[QuantizedEvaluation]) -> Table:
         "Q(W) + BA; and its converted weights against the fake-quantised ones."
     )
     return Table("gaps", caption, columns, tuple(rows))
-
-
-def compare_measured(
-    evaluation: QuantizedEvaluation, condition: str, measure: Measure, variants: tuple[Variant, Variant]
-) -> PairedComparison | None:
-    """Two variants of a condition, over the seeds that have both."""
-    seeds = {
-        variant: {
-            m.seed
-            for m in evaluation.results.measurements
-            if (m.condition, m.variant, m.name) == (condition, variant, measure.sets[0])
-        }
-        for variant in variants
-    }
-    both = seeds[variants[0]] & seeds[variants[1]]
-    if not both:
-        return None
-    systems = tuple(one for one in evaluation.results.systems if one.condition != condition or one.seed in both)
-    part = replace(evaluation, results=evaluation.results.model_copy(update={"systems": systems}))
-    return compare(part, condition, condition, measure, variants)
 
 
 def sweep_table(evaluations: Sequence[QuantizedEvaluation]) -> Table:
