@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 
 import pytest
@@ -106,3 +107,18 @@ def test_digests_do_not_depend_on_the_fields_that_a_python_version_adds() -> Non
     tree.body[0].type_params = []  # Python 3.12 adds this field
     tree.body[0]._fields = (*tree.body[0]._fields, "type_params")
     assert subject._canonical(tree, with_values=True) == before
+
+
+def test_each_source_file_is_parsed_once_however_many_rules_ask(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed = []
+
+    def counting(text: str, filename: str) -> ast.Module:
+        parsed.append(filename)
+        return parse(text, filename)
+
+    parse = ast.parse
+    monkeypatch.setattr(subject.ast, "parse", counting)
+    for _ in range(100):
+        subject.code_digests("stillhouse.a.step")
+        subject.code_digests("stillhouse.a.helper")
+    assert len(parsed) == len(set(parsed)) == len(subject.code_digests("stillhouse.a.step"))
