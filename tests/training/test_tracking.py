@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from stillhouse.config.training import TrackingSettings
 from stillhouse.runtime.errors import UserError
 from stillhouse.training.processes import TrainingInterrupted
 from stillhouse.training.tracking import flat, new_run_id, tracker_arguments
+from tests.runtime.test_device_usage import FakeNvml
 from tests.training.tiny_run import AnswerCrossEntropy, tiny_settings, tiny_train
 
 
@@ -31,23 +33,29 @@ class FakeWandb:
 
     def __init__(self) -> None:
         self.runs: list[dict[str, Any]] = []
-        self.logged: list[int] = []
-        self.config = SimpleNamespace(update=lambda *values, **options: None)
+        self.logged: dict[int, dict[str, float]] = {}
+        self.configuration: dict[str, Any] = {}
+        self.config = SimpleNamespace(update=lambda values, **options: self.configuration.update(values))
 
     def init(self, **arguments: Any) -> SimpleNamespace:
         self.runs.append(arguments)
         return SimpleNamespace(
-            log=lambda values, step, **options: self.logged.append(step), finish=lambda: None, config=self.config
+            log=lambda values, step, **options: self.logged.update({step: values}),
+            finish=lambda: None,
+            config=self.config,
         )
 
 
-def test_wandb_keeps_its_run_over_a_resume(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import signal
-
-    wandb = FakeWandb()
-    monkeypatch.setitem(sys.modules, "wandb", wandb)  # type: ignore[arg-type]
+@pytest.fixture
+def wandb(monkeypatch: pytest.MonkeyPatch) -> FakeWandb:
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)  # type: ignore[arg-type]
     available = [*accelerate.tracking.get_available_trackers(), LoggerType.WANDB]
     monkeypatch.setattr(accelerate.tracking, "_available_trackers", available)
+    return fake
+
+
+def test_wandb_keeps_its_run_over_a_resume(tiny_model: Path, tmp_path: Path, wandb: FakeWandb) -> None:
     options: dict[str, Any] = {
         "tracking": TrackingSettings(trackers=("wandb",), project="distillation"),
         "run_name": "baseline",
@@ -60,7 +68,21 @@ def test_wandb_keeps_its_run_over_a_resume(tiny_model: Path, tmp_path: Path, mon
     assert first == second
     assert first["project"] == "distillation" and first["name"] == "baseline"
     assert first["resume"] == "allow" and len(first["id"]) == 32
-    assert wandb.logged == list(range(1, 9))
+    assert list(wandb.logged) == list(range(1, 9))
+
+
+def test_a_tracker_is_told_the_slurm_job_and_what_its_gpus_do(
+    tiny_model: Path, tmp_path: Path, wandb: FakeWandb, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", FakeNvml())  # type: ignore[arg-type]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for name, value in (("SLURM_JOB_ID", "17"), ("SLURMD_NODENAME", "node3")):
+        monkeypatch.setenv(name, value)
+    tiny_train(tiny_model, tmp_path, tiny_settings(), tracking=TrackingSettings(trackers=("wandb",)))
+    told = {"scheduler.slurm_job_id": "17", "scheduler.node": "node3"}
+    assert wandb.configuration.items() >= told.items()
+    usage = {"gpu0/utilisation_percent": 50, "gpu0/temperature_celsius": 60, "gpu1/memory_mib": 2048.0}
+    assert wandb.logged[8].items() >= usage.items()
 
 
 def test_every_tracker_of_the_configuration_can_be_continued() -> None:
