@@ -11,6 +11,7 @@ min_version("9.27")
 configfile: "config/config.yaml"
 
 
+include: "rules/termination.smk"
 include: "rules/common.smk"
 include: "rules/assets.smk"
 include: "rules/data.smk"

@@ -206,16 +206,28 @@ def grant(options: argparse.Namespace) -> int:
     return count
 
 
+def reserve_port() -> int:
+    """Return a free port that nobody else gets while this process lives.
+
+    A socket that is bound and never listens keeps it, through exec too; the launcher, which like this socket asks for
+    SO_REUSEADDR, may still listen there. A port that was only looked for might go to a second job before it is used.
+    """
+    holder = socket.socket()
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    holder.bind(("", 0))
+    port: int = holder.getsockname()[1]
+    os.set_inheritable(holder.detach(), True)
+    return port
+
+
 def distributed(command: list[str], processes: int) -> list[str]:
-    """Turn `python -m module ...` into `accelerate launch` of as many processes, meeting at a free port.
+    """Turn `python -m module ...` into `accelerate launch` of as many processes, meeting at a port of its own.
 
     Every choice is spelled out, so that an `accelerate config` in the user's home cannot change a result.
     """
     if len(command) < 3 or command[1] != "-m":
         raise LeaseError(f"--distributed needs a `python -m module ...`, not `{shlex.join(command)}`")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = reserve_port()
     options = (
         f"--multi_gpu --num_processes {processes} --gpu_ids all --num_machines 1 --machine_rank 0 "
         f"--mixed_precision no --dynamo_backend no --main_process_port {port}"

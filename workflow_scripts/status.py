@@ -30,6 +30,8 @@ WHY = {
     "params changed": "a setting or the code of its step changed",
 }
 STEPS = re.compile(r"^(\d+) of (\d+) steps .* done$", re.MULTILINE)
+# How a dry run shows a job; one of a group is indented.
+JOB = re.compile(r"^ +output: (.+)\n +log: (.+)$", re.MULTILINE)
 QUIET_SECONDS = 120
 
 
@@ -79,11 +81,14 @@ def workflow_runs_here() -> bool:
     return False
 
 
-def job_log(output: str) -> Path | None:
-    """The log of the job that makes `output`: it lies under logs/ as the output does under results/."""
-    path = Path("logs") / re.sub(r"^results/", "", output)
-    logs = [path.parent / f"{path.name}.log", path.parent.with_suffix(".log")]
-    return next((log for log in logs if log.is_file()), None)
+def job_logs(outputs: Iterable[str], arguments: Sequence[str]) -> dict[str, Path]:
+    """The log of the job that makes each output, where there is one: a dry run of these outputs names it."""
+    command = [sys.executable, "-m", "snakemake", "--cores", "1", "--dry-run", "--rerun-incomplete"]
+    done = subprocess.run([*command, *outputs, *arguments], capture_output=True, text=True)
+    logs: dict[str, Path] = {}
+    for made, written in JOB.findall(done.stdout + done.stderr):
+        logs |= dict.fromkeys(made.split(", "), Path(written.split(", ")[0]))
+    return {output: log for output, log in logs.items() if log.is_file()}
 
 
 def read_log(path: Path) -> tuple[str, str]:
@@ -119,25 +124,26 @@ def counted(names: Iterable[str]) -> str:
     return ", ".join(f"{count} {name}" for name, count in Counter(names).most_common())
 
 
-def report(files: Sequence[File], started: set[str], running: bool, locked: bool) -> str:
-    """The page that the user reads."""
+def report(
+    files: Sequence[File], open_files: Sequence[File], logs: dict[str, Path], running: bool, locked: bool
+) -> str:
+    """The page that the user reads; `open_files` are outputs of jobs that have started, `logs` what these write to."""
     lines = [f"{sum(file.done for file in files)} of {len(files)} files are up to date"]
     lines += [f"  {line}" for line in [pace(running)] if line]
-    open_files = [file for file in files if file.output_file in started]
     if open_files:
         stopped = "interrupted (run again to go on from there):"
         if locked:
             stopped = "locked, but not by this machine: it runs on another, or was killed (then: snakemake --unlock):"
         lines.append("running:" if running else stopped)
     for file in open_files:
-        log = job_log(file.output_file)
+        log = logs.get(file.output_file)
         devices, said = read_log(log) if log else ("", "")
         lines.append(f"  {file.output_file}{devices}")
         if log and said:
             quiet = time.time() - log.stat().st_mtime
             silence = f" (silent for {rounded(timedelta(seconds=quiet))})" if running and quiet > QUIET_SECONDS else ""
             lines.append(f"      {said}{silence}")
-    pending = [file for file in files if not file.done and file.output_file not in started]
+    pending = [file for file in files if not file.done and file not in open_files]
     if missing := [file.rule for file in pending if file.status == "missing"]:
         lines.append(f"not made yet, files by rule: {counted(missing)}")
     stale = [file for file in pending if file.status != "missing"]
@@ -152,7 +158,10 @@ def report(files: Sequence[File], started: set[str], running: bool, locked: bool
 def main(arguments: Sequence[str]) -> None:
     """Print the report."""
     running, locked = workflow_runs_here(), any((STATE / "locks").glob("*.lock"))
-    print(report(summary(arguments), started_outputs(), running, locked))
+    files, started = summary(arguments), started_outputs()
+    open_files = [file for file in files if file.output_file in started]
+    logs = job_logs([file.output_file for file in open_files], arguments) if open_files else {}
+    print(report(files, open_files, logs, running, locked))
 
 
 if __name__ == "__main__":

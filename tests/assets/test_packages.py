@@ -79,7 +79,7 @@ def test_a_damaged_package_in_the_cache_is_downloaded_again(index: Path) -> None
     assert sha256(download_package(package).read_bytes()) == package.sha256
 
 
-@pytest.mark.fault("kill -9 of a download", "the part is not taken for whole; downloaded again")
+@pytest.mark.fault("half a package, left by an earlier download", "not taken for whole; downloaded again")
 def test_what_a_killed_download_left_is_not_taken_for_whole(index: Path) -> None:
     package = make_wheel(index, "thing", {"thing/file": CONTENT}, "thing/file")
     left = cache_directory() / "packages" / f".{package.sha256}.part" / "files"

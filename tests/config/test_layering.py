@@ -8,7 +8,9 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
+from stillhouse.config import runs
 from stillhouse.config.layering import merge, read_layer
+from stillhouse.config.runs import laid_over
 from stillhouse.runtime.errors import ConfigurationError
 from stillhouse.studies.configuration import Configuration, load_configuration
 
@@ -174,3 +176,23 @@ def test_a_runs_settings_are_resolved_once_for_all_jobs_that_ask(tmp_path: Path)
     assert config.run_settings("smollm2_135m", "baseline") is config.run_settings("smollm2_135m", "baseline")
     assert config.caches("smollm2_135m") is config.caches("smollm2_135m")
     assert config == load(tmp_path, study(seeds=[1])).context_distillation
+
+
+def test_the_settings_of_a_condition_are_resolved_once_for_all_its_seeds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resolved = []
+
+    def counting(*arguments):
+        resolved.append(arguments[1])
+        return laid_over(*arguments)
+
+    monkeypatch.setattr(runs, "laid_over", counting)
+    seeds = list(range(1000))
+    context = load(tmp_path, study(seeds=seeds, conditions=["baseline", "kl_t1"])).context_distillation
+    [model] = context.models
+    for condition in context.trained_conditions:
+        for _ in context.seeds:
+            context.run_settings(model, condition)
+    assert len(context.seeds) == 1000
+    assert len(resolved) == len(set(resolved)) >= 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 
 import pytest
@@ -100,7 +101,6 @@ def test_values_in_configuration_modules_do_not_count_but_their_functions_do(pac
 
 
 def test_digests_do_not_depend_on_the_fields_that_a_python_version_adds() -> None:
-    import ast
 
     tree = ast.parse("def f(x):\n    return x\n")
     before = subject._canonical(tree, with_values=True)
@@ -131,3 +131,13 @@ def test_a_damaged_or_foreign_memory_of_earlier_digests_is_nothing(package: Path
 def test_digests_need_no_writable_folder(package: Path) -> None:
     (package / "stillhouse/__pycache__").write_text("no folder")
     assert digests() == digests()
+
+
+def test_each_source_file_is_parsed_once_however_many_rules_ask(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed = []
+    prepare = subject._without_docstrings
+    monkeypatch.setattr(subject, "_without_docstrings", lambda tree: parsed.append(tree) or prepare(tree))
+    for _ in range(100):
+        subject.code_digests("stillhouse.a.step")
+        subject.code_digests("stillhouse.a.helper")
+    assert len(parsed) == len(subject.code_digests("stillhouse.a.step"))

@@ -50,7 +50,7 @@ def test_a_staged_directory_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     assert [path.name for path in final.iterdir()] == ["whole"]
 
 
-@pytest.mark.fault("damaged file or manifest in an output", "refused; the line names the file and what to delete")
+@pytest.mark.fault("damaged file in an output", "refused; the line names the file and what to delete")
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -65,6 +65,28 @@ def test_a_damaged_directory_names_the_file_and_the_remedy(tmp_path: Path, damag
     verify_manifest(tmp_path)
     damage(tmp_path / "shard.bin")
     with pytest.raises(UserError, match=rf"shard\.bin: {message}.*: delete .* and run the same command again"):
+        verify_manifest(tmp_path)
+
+
+@pytest.mark.fault("damaged manifest of an output", "refused; the line names the file and what to delete")
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda data: data[: len(data) // 2], "is not valid JSON"),
+        (lambda data: data.replace(b'"files"', b'"fileS"'), "lists no files"),
+        (lambda data: data.replace(b'"bytes"', b'"bytez"'), r"says too little of shard\.bin"),
+        (lambda data: b"[]", "lists no files"),
+    ],
+    ids=["truncated", "flipped in a key", "flipped in an entry", "another file"],
+)
+def test_a_damaged_manifest_is_named_with_the_remedy(tmp_path: Path, damage, message: str) -> None:
+    (tmp_path / "shard.bin").write_bytes(b"abc")
+    write_manifest(tmp_path)
+    manifest = tmp_path / "manifest.json"
+    manifest.write_bytes(damage(manifest.read_bytes()))
+    with pytest.raises(
+        UserError, match=rf"manifest\.json: {message}.*: delete {tmp_path} and run the same command again"
+    ):
         verify_manifest(tmp_path)
 
 

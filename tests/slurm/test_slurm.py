@@ -1,8 +1,9 @@
-"""The workflow on a real Slurm: it survives a cancelled job and a lost node, and results do not change."""
+"""The workflow on a real Slurm: jobs that are ended, cancelled, preempted and lost with their node change no result."""
 
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import time
@@ -15,17 +16,18 @@ from support.workflow import Workflow, make_workflow
 
 from stillhouse.runtime.files import read_json
 
-SEEDS = (1, 2)
+# A student for each disturbance.
+CANCELLED, LOST, TERMINATED = SEEDS = (1, 2, 3)
 STUDY = {
     "conditions": ["base_zero_shot", "baseline"],
     "seeds": list(SEEDS),
-    "defaults": {"training": {"steps": 24, "save_every": 24, "resume_every": 1}},
+    "defaults": {"training": {"steps": 48, "save_every": 48, "resume_every": 1}},
 }
 EVALUATION = "results/context_distillation/tiny/evaluation"
 STUDENT = "context_distillation/tiny/students/baseline/seed_{seed}"
 TARGET, *_ = COMPARED = (f"{EVALUATION}/results.json", f"{EVALUATION}/items.parquet")
 # As shipped, but asking more often: the plugin looks after 40 seconds, which spares a shared controller.
-PROFILE = ("--workflow-profile", "profiles/slurm", "--latency-wait", "5")
+PROFILE = ("--workflow-profile", "profiles/slurm", "--latency-wait", "1")
 IMPATIENT = ("--slurm-init-seconds-before-status-checks", "8", "--seconds-between-status-checks", "1")
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.xdist_group("slurm"), pytest.mark.timeout(900)]
@@ -44,43 +46,50 @@ def undisturbed(tiny_model: Path, tmp_path: Path) -> Workflow:
     return make_workflow(tmp_path / "undisturbed", tiny_model, STUDY)
 
 
-def test_a_workflow_that_loses_a_job_and_a_node_ends_with_the_results_of_an_undisturbed_run(
+def test_a_workflow_that_loses_jobs_and_a_node_ends_with_the_results_of_an_undisturbed_run(
     project: Workflow, undisturbed: Workflow
 ) -> None:
     undisturbed.run(TARGET)
     process = project.start(TARGET, *PROFILE, *IMPATIENT)
     try:
-        cancelled = job_in_training(project, process, 1)
+        cancelled, lost, terminated = (job_in_training(project, process, seed) for seed in SEEDS)
+        one_node.run("scancel", "--signal=TERM", terminated)  # As Slurm does before a job's time is over.
         one_node.run("scancel", cancelled)
-        lost = job_in_training(project, process, 2)
         set_node("drain")
         assert one_node.node_state() == "draining"
+        wait(lambda: (terminated, "FAILED") in states(), process, f"job {terminated} to save its state and end")
         set_node("down")
-        wait(lambda: (lost, "PENDING") in states(), process, f"job {lost} to be queued again")
-        # Slurm lets a lost job wait for two minutes, so that its remains are gone; here one can look.
-        wait(lambda: not one_node.runs_here(lost), process, f"the remains of job {lost} to go")
-        set_node("resume")
-        one_node.run("scontrol", "update", f"JobId={lost}", "StartTime=now")
+        start_again(lost, process, lambda: set_node("resume"))
+        wait(lambda: continued(project, LOST) == 1, process, f"job {lost} to continue")
+        one_node.run("scontrol", "requeue", lost)  # What Slurm does to a job that it preempts.
+        start_again(lost, process)
         assert process.wait(600) == 0, messages(project)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
 
-    assert (cancelled, "CANCELLED") in states()
-    assert (lost, "COMPLETED") in states()
+    assert {(cancelled, "CANCELLED"), (terminated, "FAILED"), (lost, "COMPLETED")} <= states()
     attempts = {}
     for seed in SEEDS:
         record = student(project, seed, "run.json")
         assert record["training"]["resumed_from"] > 0
         assert record["scheduler"]["node"] == one_node.NODE
+        assert record["scheduler"]["partition"] == "gpu"
         assert record["visible_devices"] in {str(number) for number in range(one_node.GPUS)}
         attempts[seed] = record["scheduler"]["slurm_job_id"]
-    assert attempts[1] != cancelled, "the cancelled job was not submitted again"
-    assert attempts[2] == lost, "Slurm did not start the lost job again itself"
-    logs = sorted((project.directory / "logs/slurm/rule_context_distillation_train/tiny_baseline_1").glob("*.log"))
-    assert [log.stem for log in logs] == [cancelled, attempts[1]]
-    [log] = (project.directory / "logs/slurm/rule_context_distillation_train/tiny_baseline_2").glob("*.log")
-    assert log.read_text().count("continuing from step") == 1
+    assert attempts[LOST] == lost, "Slurm did not start the lost job again itself"
+    assert continued(project, LOST) == 2, "a job that Slurm starts again did not append to its log"
+    for seed, first in ((CANCELLED, cancelled), (TERMINATED, terminated)):
+        assert attempts[seed] != first, f"job {first} was not submitted again"
+        assert [log.stem for log in job_logs(project, seed)] == [first, attempts[seed]]
+    last_words = job_logs(project, TERMINATED)[0].read_text()
+    assert "SIGTERM: saving the state after this step" in last_words
+    assert "exit status 75" in last_words, "the training was killed before it had saved its state"
+
+    training, inputs = asked(cancelled), asked(submission(project, "group_inputs_dataset_model_split_dataset"))
+    assert training.items() >= {"Partition": "gpu", "TimeLimit": "04:00:00", "MinMemoryNode": "8000M"}.items()
+    assert [training[name] for name in training if name.startswith("TresPer")] == ["gres:gpu:1"]
+    assert inputs["Partition"] == "cpu" and not [name for name in inputs if name.startswith("TresPer")]
 
     for path in COMPARED:
         assert (project.directory / path).read_bytes() == (undisturbed.directory / path).read_bytes(), path
@@ -92,10 +101,42 @@ def test_a_workflow_that_loses_a_job_and_a_node_ends_with_the_results_of_an_undi
 def job_in_training(project: Workflow, process: subprocess.Popen[bytes], seed: int) -> str:
     """The Slurm job that trains the seed's student, once it has saved a state."""
     work = project.directory / "work" / STUDENT.format(seed=seed)
-    logs = project.directory / f"logs/slurm/rule_context_distillation_train/tiny_baseline_{seed}"
     wait(lambda: bool(list(work.glob("*/state-*"))), process, f"seed {seed} to save a state")
-    [log] = logs.glob("*.log")
+    [log] = job_logs(project, seed)
     return log.stem
+
+
+def job_logs(project: Workflow, seed: int) -> list[Path]:
+    """The logs of the Slurm jobs that have trained the seed's student, in order."""
+    folder = project.directory / f"logs/slurm/rule_context_distillation_train/tiny_baseline_{seed}"
+    return sorted(folder.glob("*.log"), key=lambda log: int(log.stem))
+
+
+def continued(project: Workflow, seed: int) -> int:
+    """How often the first job of a seed has gone on from a state."""
+    return job_logs(project, seed)[0].read_text().count("continuing from step")
+
+
+def start_again(job: str, process: subprocess.Popen[bytes], prepare: Callable[[], None] = lambda: None) -> None:
+    """Start a job that Slurm has put back into its queue, where it lets it wait for two minutes.
+
+    The wait is for remains of the job; here one can look whether there are any.
+    """
+    wait(lambda: (job, "PENDING") in states(), process, f"job {job} to be queued again")
+    wait(lambda: not one_node.runs_here(job), process, f"the remains of job {job} to go")
+    prepare()
+    one_node.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+
+
+def submission(project: Workflow, name: str) -> str:
+    """The Slurm job of a group; the group must have been submitted once."""
+    [log] = (project.directory / "logs/slurm" / name).rglob("*.log")
+    return log.stem
+
+
+def asked(job: str) -> dict[str, str]:
+    """What Slurm says of a job: what it asked for, and where."""
+    return dict(re.findall(r"(\w+)=(\S+)", one_node.run("scontrol", "show", "job", job)))
 
 
 def set_node(state: str) -> None:

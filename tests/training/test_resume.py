@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import re
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
 
@@ -73,6 +75,7 @@ def test_sigterm_saves_the_state_and_exits_with_a_status_of_its_own(tiny_model: 
     stopped = run_program(tiny_model, tmp_path, "--terminate-at", "5")
     assert stopped.returncode == INTERRUPTED_STATUS
     assert "SIGTERM: saving the state after this step" in stopped.stderr
+    assert re.search(r"step 1/8: loss [\d.]+, \d+ tokens/s, \d+ MiB, ETA \d+:\d\d:\d\d\n", stopped.stderr)
     assert (tmp_path / "work" / "state-5").is_dir()
     _, result = tiny_train(tiny_model, tmp_path, tiny_settings())
     assert result.resumed_from == 5
@@ -90,12 +93,25 @@ def test_a_killed_run_on_a_gpu_ends_with_the_weights_of_an_undisturbed_one(tiny_
 
 
 @pytest.mark.fault(
-    "bit flip in a resumable state or a checkpoint",
+    "bit flip or cut in a resumable state or a checkpoint",
     "named in the log; resumed from the state before; equal weights",
 )
 @pytest.mark.parametrize("victim", ["state-6/state.safetensors", "checkpoint-8/adapter_model.safetensors"])
-def test_a_corrupt_file_makes_the_run_continue_from_an_earlier_state(
-    tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, victim: str
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        pytest.param(lambda data: data[:-1] + bytes([data[-1] ^ 1]), "is corrupt", id="flip"),
+        pytest.param(lambda data: data[: len(data) // 2], "bytes, not ", id="cut"),
+    ],
+)
+def test_a_damaged_file_makes_the_run_continue_from_an_earlier_state(
+    tiny_model: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    victim: str,
+    damage: Callable[[bytes], bytes],
+    message: str,
 ) -> None:
     monkeypatch.setattr(logging.getLogger("stillhouse"), "propagate", True)
     tiny_train(tiny_model, tmp_path, tiny_settings())
@@ -103,14 +119,13 @@ def test_a_corrupt_file_makes_the_run_continue_from_an_earlier_state(
     work = tmp_path / "work"
     if victim.startswith("state-6"):
         (work / "state-8" / "progress.json").unlink()
-    damaged = bytearray((work / victim).read_bytes())
-    damaged[-1] ^= 1
+    damaged = damage((work / victim).read_bytes())
     (work / victim).unlink()  # the output may be a link to the same file
     (work / victim).write_bytes(damaged)
 
     _, result = tiny_train(tiny_model, tmp_path, tiny_settings())
     assert result.resumed_from == (0 if victim.startswith("state-6") else 6)
-    assert str(work / victim) in caplog.text and "is corrupt" in caplog.text
+    assert str(work / victim) in caplog.text and message in caplog.text
     assert_bit_equal(final_weights(tmp_path), expected)
 
 

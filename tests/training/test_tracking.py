@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from stillhouse.runtime.errors import UserError
 from stillhouse.runtime.logs import logger
 from stillhouse.training.processes import TrainingInterrupted
 from stillhouse.training.tracking import flat, log_table, new_run_id, tracker_arguments
+from tests.runtime.test_device_usage import FakeNvml
 from tests.training.tiny_run import AnswerCrossEntropy, tiny_settings, tiny_train
 
 
@@ -33,17 +35,16 @@ class FakeWandb:
 
     def __init__(self) -> None:
         self.runs: list[dict[str, Any]] = []
-        self.logged: list[int | None] = []
-        self.values: list[dict[str, Any]] = []
-        self.config = SimpleNamespace(update=lambda *values, **options: None)
+        self.logged: dict[int | None, dict[str, Any]] = {}
+        self.configuration: dict[str, Any] = {}
+        self.config = SimpleNamespace(update=lambda values, **options: self.configuration.update(values))
 
     def init(self, **arguments: Any) -> SimpleNamespace:
         self.runs.append(arguments)
         return SimpleNamespace(log=self.log, finish=lambda: None, config=self.config)
 
     def log(self, values: dict[str, Any], step: int | None, **options: Any) -> None:
-        self.logged.append(step)
-        self.values.append(values)
+        self.logged[step] = values
 
     @staticmethod
     def Table(columns: list[str], data: list[list[str]], dataframe: object) -> tuple[list[str], list[list[str]]]:  # noqa: N802
@@ -57,11 +58,14 @@ def install(monkeypatch: pytest.MonkeyPatch, tracker: LoggerType, package: Any) 
     monkeypatch.setattr(accelerate.tracking, "_available_trackers", available)
 
 
-def test_wandb_keeps_its_run_over_a_resume(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import signal
+@pytest.fixture
+def wandb(monkeypatch: pytest.MonkeyPatch) -> FakeWandb:
+    fake = FakeWandb()
+    install(monkeypatch, LoggerType.WANDB, fake)
+    return fake
 
-    wandb = FakeWandb()
-    install(monkeypatch, LoggerType.WANDB, wandb)
+
+def test_wandb_keeps_its_run_over_a_resume(tiny_model: Path, tmp_path: Path, wandb: FakeWandb) -> None:
     options: dict[str, Any] = {
         "tracking": TrackingSettings(trackers=("wandb",), project="distillation"),
         "run_name": "baseline",
@@ -74,14 +78,27 @@ def test_wandb_keeps_its_run_over_a_resume(tiny_model: Path, tmp_path: Path, mon
     assert first == second
     assert first["project"] == "distillation" and first["name"] == "baseline"
     assert first["resume"] == "allow" and len(first["id"]) == 32
-    assert wandb.logged == list(range(1, 9))
+    assert list(wandb.logged) == list(range(1, 9))
+
+
+def test_a_tracker_is_told_the_slurm_job_and_what_its_gpus_do(
+    tiny_model: Path, tmp_path: Path, wandb: FakeWandb, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", FakeNvml())  # type: ignore[arg-type]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for name, value in (("SLURM_JOB_ID", "17"), ("SLURMD_NODENAME", "node3")):
+        monkeypatch.setenv(name, value)
+    tiny_train(tiny_model, tmp_path, tiny_settings(), tracking=TrackingSettings(trackers=("wandb",)))
+    told = {"scheduler.slurm_job_id": "17", "scheduler.node": "node3"}
+    assert wandb.configuration.items() >= told.items()
+    usage = {"gpu0/utilisation_percent": 50, "gpu0/temperature_celsius": 60, "gpu1/memory_mib": 2048.0}
+    assert wandb.logged[8].items() >= usage.items()
 
 
 def test_a_table_reaches_the_trackers_that_take_tables_and_the_others_are_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, wandb: FakeWandb, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    wandb, live = FakeWandb(), SimpleNamespace(end=lambda: None)
-    install(monkeypatch, LoggerType.WANDB, wandb)
+    live = SimpleNamespace(end=lambda: None)
     install(monkeypatch, LoggerType.DVCLIVE, SimpleNamespace(Live=lambda **options: live))
     monkeypatch.setattr(logger, "propagate", True)
     caplog.set_level(logging.INFO, logger.name)
@@ -89,7 +106,7 @@ def test_a_table_reaches_the_trackers_that_take_tables_and_the_others_are_named(
     log_table(settings, tmp_path, "tiny-evaluation", "samples", ["token", "text"], [["a", "b|c"], ["d", "e"]])
     [run] = wandb.runs
     assert (run["project"], run["name"]) == ("lens", "tiny-evaluation")
-    assert wandb.values == [{"samples": (["token", "text"], [["a", "b|c"], ["d", "e"]])}]
+    assert list(wandb.logged.values()) == [{"samples": (["token", "text"], [["a", "b|c"], ["d", "e"]])}]
     assert "dvclive takes no tables: 'samples' is not sent there" in caplog.text
     assert list(tmp_path.rglob("events.out.tfevents.*"))
 

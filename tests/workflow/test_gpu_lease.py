@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from support.workflow import REPOSITORY
 
-PROGRAM = Path(__file__).parents[2] / "workflow_scripts" / "gpu_lease.py"
+PROGRAM = REPOSITORY / "workflow_scripts/gpu_lease.py"
 SHOW = ["sh", "-c", 'echo "${CUDA_VISIBLE_DEVICES-unset}"']
 HIDDEN = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "SLURM_JOB_ID", "STILLHOUSE_LOCK_DIR")
 
@@ -37,6 +35,7 @@ class FakeMachine:
             env=environment | variables,
             cwd=self.directory,
             umask=umask,
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -70,17 +69,6 @@ class FakeMachine:
 @pytest.fixture
 def machine(tmp_path: Path) -> FakeMachine:
     return FakeMachine(tmp_path)
-
-
-@pytest.fixture
-def lease_module(monkeypatch: pytest.MonkeyPatch):
-    """The program as a module."""
-    specification = importlib.util.spec_from_file_location("gpu_lease", PROGRAM)
-    assert specification and specification.loader
-    module = importlib.util.module_from_spec(specification)
-    monkeypatch.setitem(sys.modules, "gpu_lease", module)
-    specification.loader.exec_module(module)
-    return module
 
 
 def end(process: subprocess.Popen[str]) -> None:
@@ -331,7 +319,7 @@ def test_a_planted_lock_file_is_refused_and_its_target_untouched(machine, trick)
     assert target.read_text() == "precious"
 
 
-def test_a_distributed_job_starts_by_accelerate_launch_at_a_free_port(machine):
+def test_a_distributed_job_starts_by_accelerate_launch(machine):
     python = machine.directory / "python"
     python.write_text('#!/bin/sh\necho "$@"\n')
     python.chmod(0o755)
@@ -340,11 +328,34 @@ def test_a_distributed_job_starts_by_accelerate_launch_at_a_free_port(machine):
     assert words[:3] == ["-m", "accelerate.commands.accelerate_cli", "launch"]
     assert words[-3:] == ["-m", "package.train", "steps=3"]
     assert words[words.index("--num_processes") + 1] == "2"
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", int(words[words.index("--main_process_port") + 1])))
     given = machine.run("2", *job, CUDA_VISIBLE_DEVICES="0,1")[1]
     assert "--num_processes 2" in given, "devices given by a scheduler are used by as many processes"
     assert machine.run("1", *job)[1] == "-m package.train steps=3"
+
+
+LAUNCHER = f"""#!{sys.executable}
+import socket, sys
+address = ("", int(sys.argv[sys.argv.index("--main_process_port") + 1]))
+try:
+    socket.socket().bind(address)
+except OSError:
+    print(address[1])
+server = socket.socket()
+server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+server.bind(address)
+server.listen()
+sys.stdin.read()
+"""
+
+
+def test_the_port_of_a_distributed_job_is_free_for_its_launcher_and_for_nobody_else(machine):
+    launcher = machine.directory / "launcher"
+    launcher.write_text(LAUNCHER)
+    launcher.chmod(0o755)
+    jobs = [machine.hold("2", "--distributed", "--", str(launcher), "-m", "x") for _ in "ab"]
+    ports = {job.communicate(timeout=30)[0] for job in jobs}
+    assert len(ports - {""}) == 2
+    assert [job.returncode for job in jobs] == [0, 0]
 
 
 def test_commands_that_cannot_run_are_one_clear_line(machine):
@@ -352,51 +363,3 @@ def test_commands_that_cannot_run_are_one_clear_line(machine):
     assert "cannot run no-such-program: No such file" in machine.run("1", "--", "no-such-program")[2]
     assert machine.run("1")[0] == 2
     assert machine.run("-1", "--", "true")[0] == 2
-
-
-FAKE_NVML = """
-from types import SimpleNamespace as Process
-class NVMLError(Exception): pass
-class NVMLError_DriverNotLoaded(NVMLError): pass
-class NVMLError_LibraryNotFound(NVMLError): pass
-def nvmlInit(): {start}
-def nvmlDeviceGetCount(): return 4
-def nvmlDeviceGetHandleByIndex(index): return f"GPU-{{index}}"
-def nvmlDeviceGetHandleByUUID(uuid): return uuid
-def nvmlDeviceGetUUID(handle): return handle
-def nvmlDeviceGetComputeRunningProcesses(handle):
-    if handle == "GPU-0": return [Process(pid=77, usedGpuMemory=900 << 20)]
-    if handle == "GPU-1": return [Process(pid=78, usedGpuMemory=None)]
-    if handle == "GPU-2": raise NVMLError("GPU is lost")
-    return [Process(pid=79, usedGpuMemory=1 << 20)]
-"""
-
-
-@pytest.fixture
-def nvml(machine: FakeMachine, monkeypatch: pytest.MonkeyPatch, lease_module) -> Iterator[None]:
-    """A pynvml of four devices: occupied, occupied by an unknown amount, lost, and as good as free."""
-    monkeypatch.delenv("STILLHOUSE_FAKE_GPUS", raising=False)
-    monkeypatch.syspath_prepend(machine.directory)
-    monkeypatch.delitem(sys.modules, "pynvml", raising=False)
-    yield
-    sys.modules.pop("pynvml", None)
-
-
-@pytest.mark.fault("GPU that fell off the bus, before a job starts", "passed over; other devices are leased")
-def test_nvml_tells_the_devices_and_which_are_occupied_or_lost(machine, nvml, lease_module):
-    (machine.directory / "pynvml.py").write_text(FAKE_NVML.format(start="pass"))
-    node = lease_module.find_node()
-    assert node.devices == ["GPU-0", "GPU-1", "GPU-2", "GPU-3"]
-    busy = [device for device in node.devices if any(mib >= 64 for mib in node.occupants(device).values())]
-    assert busy == ["GPU-0", "GPU-1", "GPU-2"]
-
-
-def test_a_machine_whose_driver_is_not_loaded_has_no_gpu(machine, nvml, lease_module):
-    (machine.directory / "pynvml.py").write_text(FAKE_NVML.format(start="raise NVMLError_DriverNotLoaded"))
-    assert lease_module.find_node().devices == []
-
-
-def test_any_other_failure_of_nvml_is_told(machine, nvml, lease_module):
-    (machine.directory / "pynvml.py").write_text(FAKE_NVML.format(start='raise NVMLError("version mismatch")'))
-    with pytest.raises(lease_module.LeaseError, match="version mismatch"):
-        lease_module.find_node()

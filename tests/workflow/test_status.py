@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from base64 import urlsafe_b64encode
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from support.workflow import REPOSITORY
+from support.workflow import REPOSITORY, make_workflow
 
 SNAKEFILE = """
 rule all:
@@ -57,8 +59,12 @@ def running(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
         process.wait()
 
 
-def status(folder: Path, size: int = 1) -> str:
-    command = [sys.executable, str(REPOSITORY / "workflow_scripts/status.py"), "--config", f"size={size}"]
+def status(folder: Path, size: int = 1, arguments: Sequence[str] = ()) -> str:
+    command = [
+        sys.executable,
+        str(REPOSITORY / "workflow_scripts/status.py"),
+        *(arguments or ("--config", f"size={size}")),
+    ]
     before = set(folder.glob(".snakemake/locks/*"))
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -78,7 +84,7 @@ def test_a_running_job_is_shown_with_the_last_line_of_its_log_and_after_a_kill_a
 ) -> None:
     text = status(folder)
     assert "running:\n  results/slow/last on GPU-1\n      step 3/9\n" in text
-    assert "jobs after" in text
+    assert re.search(r"newest run: [12] of 4 jobs after [\d:]+; at that pace [\d:]+ more\n", text)
     os.killpg(running.pid, signal.SIGKILL)
     running.wait()
     assert "or was killed (then: snakemake --unlock):\n  results/slow/last on GPU-1\n" in status(folder)
@@ -97,3 +103,28 @@ def test_what_is_stale_is_shown_with_its_reason_and_what_is_done_is_counted(
     assert text.startswith("1 of 3 files are up to date\n")
     assert "stale, a setting or the code of its step changed:\n  results/first\n" in text
     assert "stale, something that it is made from is made again:\n  results/slow/last\n" in text
+
+
+LOGS = {
+    "resources/models/tiny": "logs/assets/model/tiny.log",
+    "results/context_distillation/data/tiny_arithmetic": "logs/context_distillation/split/tiny_arithmetic.log",
+    "results/context_distillation/tiny/evaluation/items.parquet": "logs/context_distillation/tiny/evaluation.log",
+    "results/figures/context_distillation/{figure}.svg": "logs/context_distillation/figures/{figure}.log",
+    "results/tables/context_distillation": "logs/context_distillation/report.log",
+    "results/results.md": "logs/results_page.log",
+}
+
+
+def test_the_log_of_every_kind_of_job_of_the_workflow_is_found(tiny_model: Path, tmp_path: Path) -> None:
+    project = make_workflow(tmp_path / "project", tiny_model).directory
+    figure = next((project / "src/stillhouse/studies/context_distillation/figures").glob("[!_]*.py")).stem
+    logs = {output.format(figure=figure): project / log.format(figure=figure) for output, log in LOGS.items()}
+    marks = project / ".snakemake/incomplete"
+    marks.mkdir(parents=True)
+    for number, (output, log) in enumerate(logs.items()):
+        (marks / urlsafe_b64encode(output.encode()).decode()).touch()
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text(f"line {number}")
+    text = status(project, arguments=["--configfile", "tiny.yaml"])
+    for number, output in enumerate(logs):
+        assert f"  {output}\n      line {number}\n" in text

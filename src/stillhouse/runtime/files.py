@@ -75,14 +75,16 @@ def write_json(path: Path, value: Any) -> None:
     atomic_write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Read JSON; a missing or damaged file is a `UserError` that names it."""
+def read_json(path: Path, to_delete: Path | str = "it") -> Any:
+    """Read JSON; a missing file, or a damaged one and what to delete for it, is named by a `UserError`."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: does not exist: run the rule that makes it") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: is not valid JSON ({error}): delete it and run the same command again") from None
+        raise UserError(
+            f"{path}: is not valid JSON ({error}): delete {to_delete} and run the same command again"
+        ) from None
 
 
 def link_or_copy(source: Path, target: Path) -> None:
@@ -172,14 +174,16 @@ def verify_manifest(directory: Path, pattern: str = "*") -> dict[str, Any]:
     """
     if not directory.is_dir():
         raise UserError(f"{directory}: is not a directory: run the rule that makes it")
-    manifest: dict[str, Any] = read_json(directory / MANIFEST)
+    manifest: dict[str, Any] = read_json(directory / MANIFEST, to_delete=directory)
     remedy = f"delete {directory} and run the same command again"
-    if not isinstance(manifest.get("files"), dict):
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
         raise UserError(f"{directory / MANIFEST}: lists no files: {remedy}")
     for name, expected in manifest["files"].items():
         if not fnmatch(name, pattern):
             continue
         path = directory / name
+        if not isinstance(expected, dict) or not {"bytes", "sha256"} <= expected.keys():
+            raise UserError(f"{directory / MANIFEST}: says too little of {name}: {remedy}")
         if not path.is_file():
             raise UserError(f"{path}: is missing: {remedy}")
         if path.stat().st_size != expected["bytes"]:
