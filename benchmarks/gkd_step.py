@@ -103,7 +103,7 @@ def merged_by_autograd(on_policy: bool, folder: Path, scale: Scale) -> Work:
     def work() -> Outcome:
         with torch.no_grad():
             taught = answer_rows_logits(teacher, batch)
-        divergence = generalized_jsd(answer_rows_logits(model, batch), taught, BETA, TEMPERATURE)
+        divergence = generalized_jsd(answer_rows_logits(model, batch), taught, BETA)
         return loss_and_gradients(model, divergence.sum() / batch.answer_tokens)
 
     return work
