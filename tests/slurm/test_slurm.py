@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -33,24 +34,27 @@ IMPATIENT = ("--slurm-init-seconds-before-status-checks", "8", "--seconds-betwee
 pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.xdist_group("slurm"), pytest.mark.timeout(900)]
 
 
-@pytest.fixture
-def project(slurm: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workflow:
-    """A fresh workflow whose jobs see four GPUs, of which Slurm gives them some."""
-    monkeypatch.setenv("STILLHOUSE_FAKE_GPUS", ",".join(f"GPU-{number}" for number in range(one_node.GPUS)))
-    return make_workflow(tmp_path / "project", tiny_model, STUDY)
+@dataclass(frozen=True)
+class Disturbed:
+    """A workflow that has ended on Slurm after all that happened to its first jobs, and one left in peace."""
+
+    project: Workflow
+    undisturbed: Workflow
+    cancelled: str
+    lost: str
+    terminated: str
 
 
-@pytest.fixture
-def undisturbed(tiny_model: Path, tmp_path: Path) -> Workflow:
-    """The same workflow on the machine itself."""
-    return make_workflow(tmp_path / "undisturbed", tiny_model, STUDY)
-
-
-def test_a_workflow_that_loses_jobs_and_a_node_ends_with_the_results_of_an_undisturbed_run(
-    project: Workflow, undisturbed: Workflow
-) -> None:
+@pytest.fixture(scope="module")
+def disturbed(slurm: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Disturbed:
+    """Jobs that are told to end, cancelled, lost with their node, and preempted; they see four GPUs."""
+    folder = tmp_path_factory.mktemp("workflows")
+    undisturbed = make_workflow(folder / "undisturbed", tiny_model, STUDY)
     undisturbed.run(TARGET)
-    process = project.start(TARGET, *PROFILE, *IMPATIENT)
+    project = make_workflow(folder / "project", tiny_model, STUDY)
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("STILLHOUSE_FAKE_GPUS", ",".join(f"GPU-{number}" for number in range(one_node.GPUS)))
+        process = project.start(TARGET, *PROFILE, *IMPATIENT)
     try:
         cancelled, lost, terminated = (job_in_training(project, process, seed) for seed in SEEDS)
         one_node.run("scancel", "--signal=TERM", terminated)  # As Slurm does before a job's time is over.
@@ -67,8 +71,24 @@ def test_a_workflow_that_loses_jobs_and_a_node_ends_with_the_results_of_an_undis
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
+    return Disturbed(project, undisturbed, cancelled, lost, terminated)
 
-    assert {(cancelled, "CANCELLED"), (terminated, "FAILED"), (lost, "COMPLETED")} <= states()
+
+def test_a_workflow_that_loses_jobs_and_a_node_ends_with_the_results_of_an_undisturbed_run(
+    disturbed: Disturbed,
+) -> None:
+    project, undisturbed = disturbed.project, disturbed.undisturbed
+    for path in COMPARED:
+        assert (project.directory / path).read_bytes() == (undisturbed.directory / path).read_bytes(), path
+    for seed in SEEDS:
+        assert weights(project, seed) == weights(undisturbed, seed) != {}
+    assert project.planned(TARGET) == {}
+
+
+def test_every_disturbed_training_goes_on_from_its_last_state(disturbed: Disturbed) -> None:
+    project, lost = disturbed.project, disturbed.lost
+    ends = {(disturbed.cancelled, "CANCELLED"), (disturbed.terminated, "FAILED"), (lost, "COMPLETED")}
+    assert ends <= states()
     attempts = {}
     for seed in SEEDS:
         record = student(project, seed, "run.json")
@@ -79,23 +99,20 @@ def test_a_workflow_that_loses_jobs_and_a_node_ends_with_the_results_of_an_undis
         attempts[seed] = record["scheduler"]["slurm_job_id"]
     assert attempts[LOST] == lost, "Slurm did not start the lost job again itself"
     assert continued(project, LOST) == 2, "a job that Slurm starts again did not append to its log"
-    for seed, first in ((CANCELLED, cancelled), (TERMINATED, terminated)):
+    for seed, first in ((CANCELLED, disturbed.cancelled), (TERMINATED, disturbed.terminated)):
         assert attempts[seed] != first, f"job {first} was not submitted again"
         assert [log.stem for log in job_logs(project, seed)] == [first, attempts[seed]]
     last_words = job_logs(project, TERMINATED)[0].read_text()
     assert "SIGTERM: saving the state after this step" in last_words
     assert "exit status 75" in last_words, "the training was killed before it had saved its state"
 
-    training, inputs = asked(cancelled), asked(submission(project, "group_inputs_dataset_model_split_dataset"))
+
+def test_jobs_ask_for_what_the_profile_says(disturbed: Disturbed) -> None:
+    inputs = asked(submission(disturbed.project, "group_inputs_dataset_model_split_dataset"))
+    training = asked(disturbed.cancelled)
     assert training.items() >= {"Partition": "gpu", "TimeLimit": "04:00:00", "MinMemoryNode": "8000M"}.items()
     assert [training[name] for name in training if name.startswith("TresPer")] == ["gres:gpu:1"]
     assert inputs["Partition"] == "cpu" and not [name for name in inputs if name.startswith("TresPer")]
-
-    for path in COMPARED:
-        assert (project.directory / path).read_bytes() == (undisturbed.directory / path).read_bytes(), path
-    for seed in SEEDS:
-        assert weights(project, seed) == weights(undisturbed, seed) != {}
-    assert project.planned(TARGET) == {}
 
 
 def job_in_training(project: Workflow, process: subprocess.Popen[bytes], seed: int) -> str:
