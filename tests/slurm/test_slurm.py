@@ -56,7 +56,8 @@ def disturbed(slurm: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFa
         environment.setenv("STILLHOUSE_FAKE_GPUS", ",".join(f"GPU-{number}" for number in range(one_node.GPUS)))
         process = project.start(TARGET, *PROFILE, *IMPATIENT)
     try:
-        cancelled, lost, terminated = (job_in_training(project, process, seed) for seed in SEEDS)
+        cancelled, lost, terminated = held_in_training(project, process)
+        one_node.run("scancel", "--signal=CONT", terminated)
         one_node.run("scancel", "--signal=TERM", terminated)  # As Slurm does before a job's time is over.
         one_node.run("scancel", cancelled)
         set_node("drain")
@@ -115,12 +116,20 @@ def test_jobs_ask_for_what_the_profile_says(disturbed: Disturbed) -> None:
     assert inputs["Partition"] == "cpu" and not [name for name in inputs if name.startswith("TresPer")]
 
 
-def job_in_training(project: Workflow, process: subprocess.Popen[bytes], seed: int) -> str:
-    """The Slurm job that trains the seed's student, once it has saved a state."""
-    work = project.directory / "work" / STUDENT.format(seed=seed)
-    wait(lambda: bool(list(work.glob("*/state-*"))), process, f"seed {seed} to save a state")
-    [log] = job_logs(project, seed)
-    return log.stem
+def held_in_training(project: Workflow, process: subprocess.Popen[bytes]) -> list[str]:
+    """The Slurm jobs of the students, each stopped as soon as it has saved a state: none ends before its time."""
+    jobs: dict[int, str] = {}
+
+    def hold() -> bool:
+        for seed in SEEDS:
+            work = project.directory / "work" / STUDENT.format(seed=seed)
+            if seed not in jobs and list(work.glob("*/state-*")):
+                jobs[seed] = job_logs(project, seed)[0].stem
+                one_node.run("scancel", "--signal=STOP", jobs[seed])
+        return len(jobs) == len(SEEDS)
+
+    wait(hold, process, "every student to save a state")
+    return [jobs[seed] for seed in SEEDS]
 
 
 def job_logs(project: Workflow, seed: int) -> list[Path]:
