@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
@@ -138,6 +138,9 @@ def down(directory: Path | None = None) -> None:
         wait_for(lambda: not queue(), "jobs to end", directory / "slurmctld.log")
     for name in ("slurmd", "slurmctld", "munged"):
         stop(name, directory / f"{name}.pid")
+    for process in of_jobs():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
     for name in ("slurm", "gres", "cgroup"):
         conf = CONFIGURATION / f"{name}.conf"
         if conf.exists() and conf.read_text().startswith(MARK):
@@ -182,6 +185,14 @@ def runs_here(job: str) -> bool:
             if command.read_bytes().startswith(f"slurmstepd: [{job}.".encode()):
                 return True
     return False
+
+
+def of_jobs() -> Iterator[int]:
+    """Processes that jobs have left; without control groups Slurm loses those whose parent has ended."""
+    for environment in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if f"SLURMD_NODENAME={NODE}\0".encode() in environment.read_bytes():
+                yield int(environment.parent.name)
 
 
 def run(*command: str) -> str:
