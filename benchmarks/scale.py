@@ -36,9 +36,9 @@ class Scale:
     examples: of a teacher cache. documents: of a corpus, extracted in batches of `batch_tokens`.
     """
 
-    layers: int = 2
+    layers: int = 4
     width: int = 512
-    vocabulary: int = 2752
+    vocabulary: int = 5504
     head_size: int = HEAD_SIZE
     prompt: int = 16
     answer: int = 24
