@@ -38,7 +38,7 @@ first checks in fp32 that they give the same loss and gradients (or activations,
 do not. Then it times them by turns in one process, counts their floating-point operations, and measures the peak memory
 of each in a process of its own.
 
-    make benchmark                                          # all of it; how long each part took stands below
+    make benchmark                                          # all of it
     python -m benchmarks only=[context_step,teacher_cache]  # some of it; the rest of the results stays
     python -m benchmarks.page                               # this page from benchmarks/results/
 
