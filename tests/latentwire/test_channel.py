@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from latentwire.tiny_readers import FAMILIES, TEXTS, make_families, make_tiny_sentence_encoder, tiny_reader
+from latentwire.tiny_readers import FAMILIES, TEXTS, make_families, tiny_reader
 from safetensors.torch import load_file, save_file
+from support.tiny_models import make_tiny_sentence_encoder
 
 from stillhouse.runtime.errors import UserError
 from stillhouse.studies.latentwire.adapters import root_mean_square
@@ -37,7 +38,7 @@ def readers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reader]:
 
 @pytest.fixture(scope="module")
 def sentence_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_sentence_encoder(tmp_path_factory.mktemp("encoder") / "tiny_bert")
+    return make_tiny_sentence_encoder(tmp_path_factory.mktemp("encoder") / "tiny_bert", positions=128)
 
 
 def channel_of(readers: dict[str, Reader], seed: int = 0, **changes: object) -> tuple[Channel, RunSettings]:

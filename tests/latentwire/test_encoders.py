@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from latentwire.tiny_readers import TEXTS, make_families, make_tiny_sentence_encoder, tiny_reader
+from latentwire.tiny_readers import TEXTS, make_families, tiny_reader
+from support.tiny_models import make_tiny_sentence_encoder
 from torch import nn
 
 from stillhouse.runtime.errors import UserError
@@ -28,7 +29,7 @@ KINDS = ("bytes", "sentence", "language_model")
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("models")
-    return {**make_families(folder), "sentence": make_tiny_sentence_encoder(folder / "sentence")}
+    return {**make_families(folder), "sentence": make_tiny_sentence_encoder(folder / "sentence", positions=128)}
 
 
 def encoder(paths: dict[str, Path], kind: str, **changes: object) -> TextEncoder:

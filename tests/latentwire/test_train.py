@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from latentwire.tiny_readers import FAMILIES, make_families, make_tiny_sentence_encoder
+from latentwire.tiny_readers import FAMILIES, make_families
 from safetensors.torch import load_file
+from support.tiny_models import make_tiny_sentence_encoder
 
 from stillhouse.config.training import TrackingSettings
 from stillhouse.data.records import write_records
@@ -61,7 +62,7 @@ def on_the_processor(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("study")
     make_families(folder)
-    make_tiny_sentence_encoder(folder / "tiny_bert")
+    make_tiny_sentence_encoder(folder / "tiny_bert", positions=128)
     make_data(folder / "data")
     return folder
 

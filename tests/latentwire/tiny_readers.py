@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from support.tiny_models import make_tiny_llama, make_tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
-from transformers import BertConfig, BertModel, Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
 
 from stillhouse.runtime.files import write_manifest
 from stillhouse.studies.latentwire.data import AnswerTokens, answer_tokens
@@ -59,24 +59,6 @@ def make_tiny_gemma(directory: Path, vocab_size: int = 320) -> Path:
         clean_up_tokenization_spaces=False,
     )
     tokenizer.save_pretrained(directory)
-    write_manifest(directory)
-    return directory
-
-
-def make_tiny_sentence_encoder(directory: Path) -> Path:
-    """A random BERT that takes 128 tokens, as MiniLM is one that takes 512."""
-    config = BertConfig(
-        vocab_size=384,
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=128,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        BertModel(config).save_pretrained(directory)
-    make_tiny_tokenizer().save_pretrained(directory)
     write_manifest(directory)
     return directory
 

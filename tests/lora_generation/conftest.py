@@ -11,7 +11,8 @@ import torch
 from stillhouse.studies.lora_generation.delta_cache import DeltasStep
 from stillhouse.studies.lora_generation.delta_cache import main as compute_deltas
 from stillhouse.studies.lora_generation.probes import ProbeSettings
-from tests.lora_generation.tiny_collection import make_collection, make_sentence_encoder
+from tests.lora_generation.tiny_collection import make_collection
+from tests.support.tiny_models import make_tiny_sentence_encoder
 
 
 @dataclass(frozen=True)
@@ -35,4 +36,4 @@ def tiny_study(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Ti
         model=tiny_model, adapters=adapters, output=folder / "deltas", work=folder / "work", probes=probes
     )
     compute_deltas(step)
-    return TinyStudy(tiny_model, make_sentence_encoder(folder / "encoder"), adapters, step.output)
+    return TinyStudy(tiny_model, make_tiny_sentence_encoder(folder / "encoder"), adapters, step.output)

@@ -27,7 +27,8 @@ from stillhouse.studies.lora_generation.text_encoder import PromptEncoder
 from stillhouse.studies.lora_generation.train import TrainStep, main
 from stillhouse.training.tracking import read_metrics
 from tests.lora_generation.conftest import TinyStudy
-from tests.lora_generation.tiny_collection import checkpoint_tensors, make_collection, make_sentence_encoder
+from tests.lora_generation.tiny_collection import checkpoint_tensors, make_collection
+from tests.support.tiny_models import make_tiny_sentence_encoder
 
 TRAINING = {
     "steps": 6,
@@ -103,7 +104,7 @@ def test_a_checkpoint_generates_an_adapter_for_new_prompts(finished: Path, tiny_
     assert relative_error(generator.generate(prompts[2:], encoder), made) > 0
     with pytest.raises(UserError, match="2 are given, the generator reads 3"):
         generator.generate(prompts[:2], encoder)
-    other = make_sentence_encoder(finished / "other", seed=1)
+    other = make_tiny_sentence_encoder(finished / "other", seed=1)
     with pytest.raises(UserError, match="other: is not the text encoder that the generator was trained with"):
         generator.generate(prompts, PromptEncoder(other, TextSettings(), finished / "embeddings"))
 

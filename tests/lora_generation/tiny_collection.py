@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from transformers import BertConfig, BertModel
 
 from stillhouse.evaluation.results_files import Interval
 from stillhouse.models.loading import load_model
@@ -19,7 +18,6 @@ from stillhouse.runtime.files import write_manifest
 from stillhouse.studies.lora_generation.manifest import AdapterRow
 from stillhouse.studies.lora_generation.prompts import PROMPTS_FILE, SolvedPrompt, write_prompts
 from stillhouse.studies.lora_generation.teacher_settings import Teacher
-from tests.support.tiny_models import make_tiny_tokenizer
 
 TASKS = ("apples", "rivers", "numbers")
 PROMPTS = 5
@@ -86,24 +84,6 @@ def _adapter(layout: LoraLayout, task: int, shard: int) -> AdapterTensors:
 
     a = {module.name: values(layout.rank, module.inputs) for module in layout.modules}
     return AdapterTensors(a, {module.name: values(module.outputs, layout.rank) for module in layout.modules}, layout)
-
-
-def make_sentence_encoder(directory: Path, seed: int = 0) -> Path:
-    """A random BERT of one layer with 16 dimensions and a tokenizer, as a materialised model directory."""
-    config = BertConfig(
-        vocab_size=384,
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=64,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        BertModel(config).save_pretrained(directory)
-    make_tiny_tokenizer().save_pretrained(directory)
-    write_manifest(directory)
-    return directory
 
 
 def checkpoint_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:

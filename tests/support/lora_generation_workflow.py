@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from support.tiny_models import make_tiny_sentence_encoder
 from support.workflow import Workflow, merged
-
-from tests.lora_generation.tiny_collection import make_sentence_encoder
 
 CONFIG = "lora.yaml"
 FIGURES = ("accuracy", "delta_map", "ablation", "cosine", "training")
@@ -80,7 +79,7 @@ TINY_LORA: dict[str, Any] = {
 def add_lora_generation(workflow: Workflow) -> None:
     """Put a sentence encoder, multiple-choice questions and `lora.yaml` into the folder."""
     assets = workflow.directory / "assets"
-    make_sentence_encoder(assets / "tiny_encoder")
+    make_tiny_sentence_encoder(assets / "tiny_encoder")
     (assets / "choices").mkdir()
     with (assets / "choices" / "all.jsonl").open("w") as stream:
         for number in range(24):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from stillhouse.runtime.files import write_manifest
 
@@ -104,5 +104,23 @@ def make_tiny_llama(directory: Path, vocab_size: int = 384, seed: int = 0, chat_
     if not chat_template:
         tokenizer.chat_template = None
     tokenizer.save_pretrained(directory)
+    write_manifest(directory)
+    return directory
+
+
+def make_tiny_sentence_encoder(directory: Path, positions: int = 64, seed: int = 0) -> Path:
+    """A random BERT of one layer with 16 dimensions that takes so many tokens, as a materialised model directory."""
+    config = BertConfig(
+        vocab_size=384,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=positions,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        BertModel(config).save_pretrained(directory)
+    make_tiny_tokenizer().save_pretrained(directory)
     write_manifest(directory)
     return directory

@@ -75,6 +75,17 @@ def bootstrap_mean_interval(
     return bootstrap_ratio_interval(items, np.ones_like(items), confidence, resamples, seed)
 
 
+def student_mean_interval(values: ArrayLike, confidence: float = 0.95) -> Estimate:
+    """Mean of a few values with Student's interval: a bootstrap of two or three takes them for all there are.
+
+    One value says nothing of others: its interval has no bounds.
+    """
+    (items,) = _aligned(values)
+    n, mean = len(items), float(items.mean())
+    half = float(stats.t.ppf((1 + confidence) / 2, n - 1) * items.std(ddof=1) / np.sqrt(n)) if n > 1 else np.inf
+    return Estimate(mean, mean - half, mean + half, n)
+
+
 def bootstrap_ratio_interval(
     numerators: ArrayLike,
     denominators: ArrayLike,

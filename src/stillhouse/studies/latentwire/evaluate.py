@@ -126,6 +126,9 @@ class EvaluationJob:
         self.headline = [run for run in read if run.condition == self.settings.condition]
         self.candidate_split: Split = "test" if self.settings.selection == "best_on_test" else "validation"
         models = dict(zip(step.model_names, zip(step.models, step.trust_remote_code, strict=True), strict=True))
+        self.chat_readers = {
+            name for name, (path, trusted) in models.items() if load_tokenizer(path, trusted).chat_template
+        }
         answers = [example.answers for questions in self.questions.values() for example in questions.examples]
         neutral = self.headline[0].run.reader
         self.lab = Laboratory(models, neutral, self.settings.batch_size, squad_version(answers))
@@ -195,9 +198,9 @@ class EvaluationJob:
         sizes |= set(self.settings.byte_budgets or ())
         budgets = dict.fromkeys(TOKEN_BUDGET, tokens) | dict.fromkeys(BYTE_BUDGET, sizes)
         for arm in (arm for arm in arms if arm in ("full_text", "no_context", *budgets)):
-            for reader, model in zip(self.step.model_names, self.step.models, strict=True):
+            for reader in self.step.model_names:
                 # Without a template there is no chat prompt to cut.
-                if arm != "token_budget_chat_full" or load_tokenizer(model).chat_template:
+                if arm != "token_budget_chat_full" or reader in self.chat_readers:
                     yield from (Subject(arm, reader, budget=budget) for budget in sorted(budgets.get(arm, {0})))
 
     def score(self, subjects: Iterable[Subject], split: Split) -> pd.DataFrame:
@@ -291,10 +294,10 @@ class EvaluationJob:
     def reader_facts(self) -> tuple[ReaderFacts, ...]:
         """The frozen models, and how they are given a text."""
         step, facts = self.step, []
-        for name, note, model in zip(step.model_names, step.model_notes, step.models, strict=True):
+        for name, note in zip(step.model_names, step.model_notes, strict=True):
             style = self.lab.neutral.text_prompt
             if style == "auto":
-                style = "chat_full" if load_tokenizer(model).chat_template else "content_only"
+                style = "chat_full" if name in self.chat_readers else "content_only"
             facts.append(ReaderFacts(name=name, note=note, text_prompt=style))
         return tuple(facts)
 

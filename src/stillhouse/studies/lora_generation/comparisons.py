@@ -8,12 +8,11 @@ on the same replicates and items.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 
 from stillhouse.evaluation.statistics import (
     Estimate,
@@ -22,6 +21,7 @@ from stillhouse.evaluation.statistics import (
     mcnemar,
     paired_difference_over_seeds,
     paired_rate_interval,
+    student_mean_interval,
     wilson_interval,
 )
 from stillhouse.studies.lora_generation.config import ARMS, Arm
@@ -228,14 +228,11 @@ def behaviour_pairs(evaluation: Evaluation) -> list[tuple[str, str]]:
 def nearer(evaluation: Evaluation, tasks: Sequence[str], condition: str, rival: str) -> Estimate:
     """Cosine to the teacher's delta activation, a condition's adapters minus a rival's, mean over cases.
 
-    Seeds are averaged first. Student's interval: a bootstrap of two or three cases takes them for all there are. One
-    case says nothing of others: its interval is as wide as a difference of cosines can be.
+    Seeds are averaged first. Of one case the interval is as wide as a difference of cosines can be.
     """
     own, other = (_cosines(evaluation, tasks, one) for one in (condition, rival))
-    differences = np.array([own[case] - other[case] for case in own])
-    n, mean = len(differences), float(differences.mean())
-    half = float(stats.t.ppf(0.975, n - 1) * differences.std(ddof=1) / np.sqrt(n)) if n > 1 else np.inf
-    return Estimate(mean, max(-2.0, mean - half), min(2.0, mean + half), n)
+    found = student_mean_interval([own[case] - other[case] for case in own])
+    return replace(found, low=max(-2.0, found.low), high=min(2.0, found.high))
 
 
 def _cosines(evaluation: Evaluation, tasks: Sequence[str], condition: str) -> dict[tuple[object, ...], float]:
