@@ -15,6 +15,7 @@ from stillhouse.evaluation.statistics import (
     paired_bootstrap_ratio,
     paired_difference_over_seeds,
     paired_rate_interval,
+    student_mean_interval,
     wilson_interval,
 )
 
@@ -206,3 +207,11 @@ def test_no_discordant_item_is_no_certainty() -> None:
     assert 0.1 < interval.high < 0.2
     with pytest.raises(ValueError, match="make no difference of rates"):
         paired_rate_interval(9, 8, 16)
+
+
+def test_students_interval_is_scipys_and_one_value_bounds_nothing() -> None:
+    values = [0.2, -0.1, 0.4]
+    found = student_mean_interval(values)
+    expected = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high)) and found.n == 3
+    assert (student_mean_interval([0.3]).low, student_mean_interval([0.3]).high) == (-np.inf, np.inf)
