@@ -1,5 +1,7 @@
 # What every rules file uses: the validated configuration, params that track settings and code, the launch of steps.
 
+import os
+import shutil
 from pathlib import Path
 
 from pydantic_core import to_jsonable_python
@@ -28,6 +30,24 @@ def configuration():
 
 CONFIGURATION = configuration()
 RESOURCES = CONFIGURATION.resources
+# Jobs that run here, where no GPU is that they could get in each other's way on.
+ON_PROCESSORS_ALONE = workflow.local_exec and shutil.which("nvidia-smi") is None
+
+
+def gpus(count):
+    """The GPUs that a job asks for; on processors alone none, so that the limit on GPUs keeps no jobs apart."""
+    return 0 if ON_PROCESSORS_ALONE else count
+
+
+def threads_of_one(request):
+    """The threads of one job among many of its kind.
+
+    Small models gain little from a second thread: on processors alone jobs run side by side, as many as memory holds.
+    """
+    if not ON_PROCESSORS_ALONE:
+        return request.threads
+    memory_mb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 10**6
+    return request.share_of(workflow.cores or os.cpu_count(), memory_mb)
 
 
 def known(what, name, valid):

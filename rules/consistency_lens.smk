@@ -46,7 +46,7 @@ rule consistency_lens_activations:
         "../envs/stillhouse.yaml"
     threads: RESOURCES.evaluation.threads
     resources:
-        gpu=LENS.extraction.processes,
+        gpu=gpus(LENS.extraction.processes),
         mem_mb=RESOURCES.evaluation.memory_mb,
         runtime=RESOURCES.evaluation.runtime_minutes,
         processes=LENS.extraction.processes,
@@ -73,9 +73,9 @@ rule consistency_lens_train:
         "logs/benchmarks/consistency_lens/{model}/lenses/{condition}/seed_{seed}.jsonl"
     conda:
         "../envs/stillhouse.yaml"
-    threads: RESOURCES.training.threads
+    threads: threads_of_one(RESOURCES.training)
     resources:
-        gpu=RESOURCES.training.gpus,
+        gpu=gpus(RESOURCES.training.gpus),
         mem_mb=RESOURCES.training.memory_mb,
         runtime=RESOURCES.training.runtime_minutes,
     params:
@@ -107,7 +107,7 @@ rule consistency_lens_evaluate:
         "../envs/stillhouse.yaml"
     threads: RESOURCES.evaluation.threads
     resources:
-        gpu=RESOURCES.evaluation.gpus,
+        gpu=gpus(RESOURCES.evaluation.gpus),
         mem_mb=RESOURCES.evaluation.memory_mb,
         runtime=RESOURCES.evaluation.runtime_minutes,
     params:

@@ -17,9 +17,9 @@ rule context_distillation_task_teacher:
         "logs/benchmarks/context_distillation/{model}/task_teacher.jsonl"
     conda:
         "../envs/stillhouse.yaml"
-    threads: RESOURCES.training.threads
+    threads: threads_of_one(RESOURCES.training)
     resources:
-        gpu=RESOURCES.training.gpus,
+        gpu=gpus(RESOURCES.training.gpus),
         mem_mb=RESOURCES.training.memory_mb,
         runtime=RESOURCES.training.runtime_minutes,
     params:
@@ -45,9 +45,9 @@ rule context_distillation_teacher_cache:
         "logs/benchmarks/context_distillation/{model}/teacher_cache/{cache}.jsonl"
     conda:
         "../envs/stillhouse.yaml"
-    threads: RESOURCES.teacher_cache.threads
+    threads: threads_of_one(RESOURCES.teacher_cache)
     resources:
-        gpu=1,
+        gpu=gpus(1),
         mem_mb=RESOURCES.teacher_cache.memory_mb,
         runtime=RESOURCES.teacher_cache.runtime_minutes,
     params:
@@ -73,9 +73,9 @@ rule context_distillation_train:
         "logs/benchmarks/context_distillation/{model}/students/{condition}/seed_{seed}.jsonl"
     conda:
         "../envs/stillhouse.yaml"
-    threads: RESOURCES.training.threads
+    threads: threads_of_one(RESOURCES.training)
     resources:
-        gpu=RESOURCES.training.gpus,
+        gpu=gpus(RESOURCES.training.gpus),
         mem_mb=RESOURCES.training.memory_mb,
         runtime=RESOURCES.training.runtime_minutes,
     params:
@@ -108,7 +108,7 @@ rule context_distillation_evaluate:
         "../envs/stillhouse.yaml"
     threads: RESOURCES.evaluation.threads
     resources:
-        gpu=RESOURCES.evaluation.gpus,
+        gpu=gpus(RESOURCES.evaluation.gpus),
         mem_mb=RESOURCES.evaluation.memory_mb,
         runtime=RESOURCES.evaluation.runtime_minutes,
     params:

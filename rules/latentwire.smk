@@ -16,9 +16,9 @@ rule latentwire_teacher_cache:
         "logs/benchmarks/latentwire/{pair}/teacher_cache/{model}/{cache}.jsonl"
     conda:
         "../envs/stillhouse.yaml"
-    threads: RESOURCES.teacher_cache.threads
+    threads: threads_of_one(RESOURCES.teacher_cache)
     resources:
-        gpu=1,
+        gpu=gpus(1),
         mem_mb=RESOURCES.teacher_cache.memory_mb,
         runtime=RESOURCES.teacher_cache.runtime_minutes,
     params:
@@ -44,9 +44,9 @@ rule latentwire_train:
         "logs/benchmarks/latentwire/{pair}/channels/{condition}/seed_{seed}.jsonl"
     conda:
         "../envs/stillhouse.yaml"
-    threads: RESOURCES.training.threads
+    threads: threads_of_one(RESOURCES.training)
     resources:
-        gpu=RESOURCES.training.gpus,
+        gpu=gpus(RESOURCES.training.gpus),
         mem_mb=RESOURCES.training.memory_mb,
         runtime=RESOURCES.training.runtime_minutes,
     params:
@@ -77,7 +77,7 @@ rule latentwire_evaluate:
         "../envs/stillhouse.yaml"
     threads: RESOURCES.evaluation.threads
     resources:
-        gpu=RESOURCES.evaluation.gpus,
+        gpu=gpus(RESOURCES.evaluation.gpus),
         mem_mb=RESOURCES.evaluation.memory_mb,
         runtime=RESOURCES.evaluation.runtime_minutes,
     params:

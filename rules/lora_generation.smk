@@ -17,9 +17,9 @@ rule lora_generation_teachers:
         "logs/benchmarks/lora_generation/{model}/teachers/{task}/seed_{seed}/shards_{shards}.jsonl"
     conda:
         "../envs/stillhouse.yaml"
-    threads: RESOURCES.training.threads
+    threads: threads_of_one(RESOURCES.training)
     resources:
-        gpu=1,
+        gpu=gpus(1),
         mem_mb=RESOURCES.training.memory_mb,
         runtime=RESOURCES.training.runtime_minutes,
     params:
@@ -74,7 +74,7 @@ rule lora_generation_deltas:
         "../envs/stillhouse.yaml"
     threads: RESOURCES.evaluation.threads
     resources:
-        gpu=1,
+        gpu=gpus(1),
         mem_mb=RESOURCES.evaluation.memory_mb,
         runtime=RESOURCES.evaluation.runtime_minutes,
     params:
@@ -102,9 +102,9 @@ rule lora_generation_train:
         "logs/benchmarks/lora_generation/{model}/generators/{condition}/seed_{seed}.jsonl"
     conda:
         "../envs/stillhouse.yaml"
-    threads: RESOURCES.training.threads
+    threads: threads_of_one(RESOURCES.training)
     resources:
-        gpu=RESOURCES.training.gpus,
+        gpu=gpus(RESOURCES.training.gpus),
         mem_mb=RESOURCES.training.memory_mb,
         runtime=RESOURCES.training.runtime_minutes,
     params:
@@ -135,7 +135,7 @@ rule lora_generation_evaluate:
         "../envs/stillhouse.yaml"
     threads: RESOURCES.evaluation.threads
     resources:
-        gpu=RESOURCES.evaluation.gpus,
+        gpu=gpus(RESOURCES.evaluation.gpus),
         mem_mb=RESOURCES.evaluation.memory_mb,
         runtime=RESOURCES.evaluation.runtime_minutes,
     params:

@@ -41,9 +41,9 @@ rule quantized_distillation_teacher_cache:
         "logs/benchmarks/quantized_distillation/{model}/teacher_cache/{cache}.jsonl"
     conda:
         "../envs/stillhouse.yaml"
-    threads: RESOURCES.teacher_cache.threads
+    threads: threads_of_one(RESOURCES.teacher_cache)
     resources:
-        gpu=1,
+        gpu=gpus(1),
         mem_mb=RESOURCES.teacher_cache.memory_mb,
         runtime=RESOURCES.teacher_cache.runtime_minutes,
     params:
@@ -69,9 +69,9 @@ rule quantized_distillation_train:
         "logs/benchmarks/quantized_distillation/{model}/students/{condition}/seed_{seed}.jsonl"
     conda:
         "../envs/stillhouse.yaml"
-    threads: RESOURCES.training.threads
+    threads: threads_of_one(RESOURCES.training)
     resources:
-        gpu=RESOURCES.training.gpus,
+        gpu=gpus(RESOURCES.training.gpus),
         mem_mb=RESOURCES.training.memory_mb,
         runtime=RESOURCES.training.runtime_minutes,
     params:
@@ -128,7 +128,7 @@ rule quantized_distillation_calibrate:
         "../envs/stillhouse.yaml"
     threads: RESOURCES.evaluation.threads
     resources:
-        gpu=1,
+        gpu=gpus(1),
         mem_mb=RESOURCES.evaluation.memory_mb,
         runtime=RESOURCES.evaluation.runtime_minutes,
     params:
@@ -158,7 +158,7 @@ rule quantized_distillation_evaluate:
         "../envs/stillhouse.yaml"
     threads: RESOURCES.evaluation.threads
     resources:
-        gpu=RESOURCES.evaluation.gpus,
+        gpu=gpus(RESOURCES.evaluation.gpus),
         mem_mb=RESOURCES.evaluation.memory_mb,
         runtime=RESOURCES.evaluation.runtime_minutes,
     params:
