@@ -39,15 +39,15 @@ def gpus(count):
     return 0 if ON_PROCESSORS_ALONE else count
 
 
-def threads_of_one(request):
-    """The threads of one job among many of its kind.
-
-    Small models gain little from a second thread: on processors alone jobs run side by side, as many as memory holds.
-    """
+def threads_of_one(request, study):
+    """The threads of one of the study's trainings, or of what one waits for; without GPUs they run side by side."""
     if not ON_PROCESSORS_ALONE:
         return request.threads
-    memory_mb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 10**6
-    return request.share_of(workflow.cores or os.cpu_count(), memory_mb)
+    machine_mb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 10**6
+    trainings = len(globals()[f"{study.upper()}_TARGETS"]["students"])
+    return request.threads_of_one(
+        trainings, workflow.cores or os.cpu_count(), machine_mb
+    )
 
 
 def known(what, name, valid):

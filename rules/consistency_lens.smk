@@ -73,7 +73,7 @@ rule consistency_lens_train:
         "logs/benchmarks/consistency_lens/{model}/lenses/{condition}/seed_{seed}.jsonl"
     conda:
         "../envs/stillhouse.yaml"
-    threads: threads_of_one(RESOURCES.training)
+    threads: threads_of_one(RESOURCES.training, "consistency_lens")
     resources:
         gpu=gpus(RESOURCES.training.gpus),
         mem_mb=RESOURCES.training.memory_mb,

@@ -17,7 +17,7 @@ rule context_distillation_task_teacher:
         "logs/benchmarks/context_distillation/{model}/task_teacher.jsonl"
     conda:
         "../envs/stillhouse.yaml"
-    threads: threads_of_one(RESOURCES.training)
+    threads: threads_of_one(RESOURCES.training, "context_distillation")
     resources:
         gpu=gpus(RESOURCES.training.gpus),
         mem_mb=RESOURCES.training.memory_mb,
@@ -45,7 +45,7 @@ rule context_distillation_teacher_cache:
         "logs/benchmarks/context_distillation/{model}/teacher_cache/{cache}.jsonl"
     conda:
         "../envs/stillhouse.yaml"
-    threads: threads_of_one(RESOURCES.teacher_cache)
+    threads: threads_of_one(RESOURCES.teacher_cache, "context_distillation")
     resources:
         gpu=gpus(1),
         mem_mb=RESOURCES.teacher_cache.memory_mb,
@@ -73,7 +73,7 @@ rule context_distillation_train:
         "logs/benchmarks/context_distillation/{model}/students/{condition}/seed_{seed}.jsonl"
     conda:
         "../envs/stillhouse.yaml"
-    threads: threads_of_one(RESOURCES.training)
+    threads: threads_of_one(RESOURCES.training, "context_distillation")
     resources:
         gpu=gpus(RESOURCES.training.gpus),
         mem_mb=RESOURCES.training.memory_mb,

@@ -16,7 +16,7 @@ rule latentwire_teacher_cache:
         "logs/benchmarks/latentwire/{pair}/teacher_cache/{model}/{cache}.jsonl"
     conda:
         "../envs/stillhouse.yaml"
-    threads: threads_of_one(RESOURCES.teacher_cache)
+    threads: threads_of_one(RESOURCES.teacher_cache, "latentwire")
     resources:
         gpu=gpus(1),
         mem_mb=RESOURCES.teacher_cache.memory_mb,
@@ -44,7 +44,7 @@ rule latentwire_train:
         "logs/benchmarks/latentwire/{pair}/channels/{condition}/seed_{seed}.jsonl"
     conda:
         "../envs/stillhouse.yaml"
-    threads: threads_of_one(RESOURCES.training)
+    threads: threads_of_one(RESOURCES.training, "latentwire")
     resources:
         gpu=gpus(RESOURCES.training.gpus),
         mem_mb=RESOURCES.training.memory_mb,

@@ -17,7 +17,7 @@ rule lora_generation_teachers:
         "logs/benchmarks/lora_generation/{model}/teachers/{task}/seed_{seed}/shards_{shards}.jsonl"
     conda:
         "../envs/stillhouse.yaml"
-    threads: threads_of_one(RESOURCES.training)
+    threads: threads_of_one(RESOURCES.training, "lora_generation")
     resources:
         gpu=gpus(1),
         mem_mb=RESOURCES.training.memory_mb,
@@ -102,7 +102,7 @@ rule lora_generation_train:
         "logs/benchmarks/lora_generation/{model}/generators/{condition}/seed_{seed}.jsonl"
     conda:
         "../envs/stillhouse.yaml"
-    threads: threads_of_one(RESOURCES.training)
+    threads: threads_of_one(RESOURCES.training, "lora_generation")
     resources:
         gpu=gpus(RESOURCES.training.gpus),
         mem_mb=RESOURCES.training.memory_mb,

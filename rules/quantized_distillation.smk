@@ -41,7 +41,7 @@ rule quantized_distillation_teacher_cache:
         "logs/benchmarks/quantized_distillation/{model}/teacher_cache/{cache}.jsonl"
     conda:
         "../envs/stillhouse.yaml"
-    threads: threads_of_one(RESOURCES.teacher_cache)
+    threads: threads_of_one(RESOURCES.teacher_cache, "quantized_distillation")
     resources:
         gpu=gpus(1),
         mem_mb=RESOURCES.teacher_cache.memory_mb,
@@ -69,7 +69,7 @@ rule quantized_distillation_train:
         "logs/benchmarks/quantized_distillation/{model}/students/{condition}/seed_{seed}.jsonl"
     conda:
         "../envs/stillhouse.yaml"
-    threads: threads_of_one(RESOURCES.training)
+    threads: threads_of_one(RESOURCES.training, "quantized_distillation")
     resources:
         gpu=gpus(RESOURCES.training.gpus),
         mem_mb=RESOURCES.training.memory_mb,

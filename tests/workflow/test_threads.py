@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 from support.workflow import rule_texts
 
+from stillhouse.config.resources import JobResources
 from stillhouse.runtime.code_digests import import_closure, module_path
 
 COMPUTING = {"torch", "transformers", "peft", "vllm", "torchao"}
 # They reach torch and compute little with it: files are read, converted, tokenised.
+TAKES_THREADS = re.compile(r'RESOURCES\.\w+\.threads|threads_of_one\(RESOURCES\.\w+, "\w+"\)')
 ONE_THREAD = {"dataset", "consistency_lens_tokens", "lora_generation_collect", "quantized_distillation_export"}
 
 
@@ -37,9 +39,28 @@ def test_every_rule_that_computes_takes_the_threads_of_the_resources() -> None:
         if any(computes(module) for module in modules):
             computing.add(name)
             threads = re.search(r"^ +threads: (.+)$", text, re.MULTILINE)
-            taken = threads is not None and re.fullmatch(r"RESOURCES\.\w+\.threads|threads_of_one\(RESOURCES\.\w+\)", threads[1]) is not None
+            taken = threads is not None and TAKES_THREADS.fullmatch(threads[1]) is not None
             assert taken != (name in ONE_THREAD), f"rule {name}: threads {threads and threads[1]}"
     assert {"context_distillation_train", "consistency_lens_evaluate"} <= computing
+
+
+@pytest.mark.parametrize(
+    ("jobs", "processors", "machine_mb", "threads"),
+    [
+        pytest.param(1, 2, 24_000, 2, id="alone"),
+        pytest.param(6, 2, 24_000, 1, id="many"),
+        pytest.param(0, 2, 24_000, 2, id="none"),
+        pytest.param(6, 64, 512_000, 2, id="room for all"),
+        pytest.param(16, 16, 32_000, 4, id="little memory"),
+        pytest.param(6, 2, 4_000, 2, id="memory for less than one"),
+    ],
+)
+def test_jobs_without_gpus_fill_the_processors_and_never_the_memory(
+    jobs: int, processors: int, machine_mb: int, threads: int
+) -> None:
+    request = JobResources(threads=2, memory_mb=8000)
+    assert request.threads_of_one(jobs, processors, machine_mb) == threads
+    assert processors // threads * request.memory_mb <= machine_mb or threads == processors
 
 
 @pytest.mark.slow

@@ -9,8 +9,12 @@ import fnmatch
 import os
 import shutil
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from functools import cache
 from pathlib import Path
+from unittest.mock import patch
 
+import gguf
 import torch
 from gguf import GGUFReader
 from safetensors import SafetensorError, safe_open
@@ -74,17 +78,18 @@ def convert_gguf(file: Path, fixes: Sequence[str], output: Path) -> None:
 
     Raises `UserError` where the file is no GGUF, is cut short, or has an architecture that transformers cannot read.
     """
-    gguf = _open_gguf(file)
-    special = _special_token_ids(gguf)
+    reader = _open_gguf(file)
+    special = _special_token_ids(reader)
     logger.info("converting %s to safetensors", file.name)
     location = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            **location, quantization_config=GgufConfig(gguf_file=file.name, dequantize=True), dtype=torch.float32
-        )
-        tokenizer: PreTrainedTokenizerBase = (
-            gemma_tokenizer(gguf) if "gemma_tokenizer" in fixes else AutoTokenizer.from_pretrained(**location)
-        )
+        with _metadata_read_once(reader):
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+                **location, quantization_config=GgufConfig(gguf_file=file.name, dequantize=True), dtype=torch.float32
+            )
+            tokenizer: PreTrainedTokenizerBase = (
+                gemma_tokenizer(reader) if "gemma_tokenizer" in fixes else AutoTokenizer.from_pretrained(**location)
+            )
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{file.name}: transformers cannot read this GGUF file: {reason}") from error
@@ -104,9 +109,18 @@ def convert_gguf(file: Path, fixes: Sequence[str], output: Path) -> None:
         weights.chmod((output / "config.json").stat().st_mode)
 
 
-def _special_token_ids(gguf: GGUFReader) -> dict[str, int]:
+def _metadata_read_once(reader: GGUFReader) -> AbstractContextManager[object]:
+    """While it lasts, transformers gets this open file, and keeps the names of its tensors.
+
+    Left alone it reads the metadata, a vocabulary of strings, four times over and makes the names' table once for each
+    module of the model: minutes, where the weights take seconds.
+    """
+    return patch.multiple(gguf, GGUFReader=lambda path: reader, get_tensor_name_map=cache(gguf.get_tensor_name_map))
+
+
+def _special_token_ids(reader: GGUFReader) -> dict[str, int]:
     """Ids of the special tokens as the file's own metadata states them: keys bos, eos, pad, unk."""
-    ids = {name: gguf.fields.get(f"tokenizer.ggml.{key}_token_id") for name, key in _SPECIAL_TOKENS.items()}
+    ids = {name: reader.fields.get(f"tokenizer.ggml.{key}_token_id") for name, key in _SPECIAL_TOKENS.items()}
     return {name: int(field.contents()) for name, field in ids.items() if field is not None}
 
 

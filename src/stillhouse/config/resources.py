@@ -18,16 +18,21 @@ class JobResources(StrictModel):
         int,
         Field(
             ge=1,
-            description="Processor threads. Without GPUs, trainings and teacher caches run side by side instead, each "
-            "on the share of the processors that memory_mb is of the machine's memory.",
+            description="Processor threads. Without GPUs the trainings and teacher caches of a study run side by side, "
+            "each on fewer.",
         ),
     ] = 2
     memory_mb: Annotated[int, Field(ge=256)] = 8000
     runtime_minutes: Annotated[int, Field(ge=1)] = 240
 
-    def share_of(self, processors: int, memory_mb: int) -> int:
-        """Threads of one of many such jobs on a machine without GPUs: side by side they exceed neither of the two."""
-        return min(processors, max(1, math.ceil(processors * self.memory_mb / memory_mb)))
+    def threads_of_one(self, jobs: int, processors: int, machine_mb: int) -> int:
+        """The threads of one of so many `jobs` on a machine without GPUs.
+
+        Small models gain little from a second thread, so all jobs run at once if they can; but so many that they fill
+        the machine's memory (`machine_mb`) also fill its processors.
+        """
+        share_of_memory = math.ceil(processors * self.memory_mb / machine_mb)
+        return min(processors, max(1, share_of_memory, min(self.threads, processors // max(1, jobs))))
 
 
 class ResourceSettings(StrictModel):
