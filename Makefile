@@ -9,7 +9,9 @@ ENVIRONMENT ?= $(if $(shell command -v nvidia-smi 2>/dev/null),gpu,cpu)
 SNAKEMAKE_ARGUMENTS ?=
 
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
-INSTALL = $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet --no-deps
+# Of 3 GB little is ever imported: Python compiles that when it first is, also where the environment says not to keep it.
+export PYTHONDONTWRITEBYTECODE =
+INSTALL = $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet --no-deps --no-compile
 
 .PHONY: results status test benchmark check audit format generate clean-environment
 
@@ -53,9 +55,7 @@ generate: $(VENV)/installed
 $(VENV)/installed: envs/$(ENVIRONMENT).txt pyproject.toml
 	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing the pinned environment envs/$(ENVIRONMENT).txt into $(VENV) (about 3 GB, a few minutes)"
-	$(INSTALL) --no-compile -r envs/$(ENVIRONMENT).txt
-	@# On all processors, where pip would compile on one; files that are templates do not compile, and need not.
-	@$(VENV)/bin/python -m compileall -q -j 0 -x '/tests?/' $(VENV)/lib >/dev/null || true
+	$(INSTALL) -r envs/$(ENVIRONMENT).txt
 	$(INSTALL) --no-build-isolation -e .
 	@touch $@
 

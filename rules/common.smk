@@ -30,13 +30,15 @@ def configuration():
 
 CONFIGURATION = configuration()
 RESOURCES = CONFIGURATION.resources
-# Jobs that run here, where no GPU is that they could get in each other's way on.
-ON_PROCESSORS_ALONE = workflow.local_exec and shutil.which("nvidia-smi") is None
-
-
-def gpus(count):
-    """The GPUs that a job asks for; on processors alone none, so that the limit on GPUs keeps no jobs apart."""
-    return 0 if ON_PROCESSORS_ALONE else count
+# The jobs run here, where no GPU is on which they could get in each other's way: processors and memory alone limit them.
+ON_PROCESSORS_ALONE = (
+    workflow.is_main_process
+    and workflow.local_exec
+    and shutil.which("nvidia-smi") is None
+    and not os.environ.get("STILLHOUSE_FAKE_GPUS")
+)
+if ON_PROCESSORS_ALONE:
+    workflow.register_resource("gpu", 1000)
 
 
 def threads_of_one(request, study):

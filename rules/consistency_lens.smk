@@ -46,7 +46,7 @@ rule consistency_lens_activations:
         "../envs/stillhouse.yaml"
     threads: RESOURCES.evaluation.threads
     resources:
-        gpu=gpus(LENS.extraction.processes),
+        gpu=LENS.extraction.processes,
         mem_mb=RESOURCES.evaluation.memory_mb,
         runtime=RESOURCES.evaluation.runtime_minutes,
         processes=LENS.extraction.processes,
@@ -75,7 +75,7 @@ rule consistency_lens_train:
         "../envs/stillhouse.yaml"
     threads: threads_of_one(RESOURCES.training, "consistency_lens")
     resources:
-        gpu=gpus(RESOURCES.training.gpus),
+        gpu=RESOURCES.training.gpus,
         mem_mb=RESOURCES.training.memory_mb,
         runtime=RESOURCES.training.runtime_minutes,
     params:
@@ -107,7 +107,7 @@ rule consistency_lens_evaluate:
         "../envs/stillhouse.yaml"
     threads: RESOURCES.evaluation.threads
     resources:
-        gpu=gpus(RESOURCES.evaluation.gpus),
+        gpu=RESOURCES.evaluation.gpus,
         mem_mb=RESOURCES.evaluation.memory_mb,
         runtime=RESOURCES.evaluation.runtime_minutes,
     params:

@@ -19,7 +19,7 @@ rule context_distillation_task_teacher:
         "../envs/stillhouse.yaml"
     threads: threads_of_one(RESOURCES.training, "context_distillation")
     resources:
-        gpu=gpus(RESOURCES.training.gpus),
+        gpu=RESOURCES.training.gpus,
         mem_mb=RESOURCES.training.memory_mb,
         runtime=RESOURCES.training.runtime_minutes,
     params:
@@ -47,7 +47,7 @@ rule context_distillation_teacher_cache:
         "../envs/stillhouse.yaml"
     threads: threads_of_one(RESOURCES.teacher_cache, "context_distillation")
     resources:
-        gpu=gpus(1),
+        gpu=1,
         mem_mb=RESOURCES.teacher_cache.memory_mb,
         runtime=RESOURCES.teacher_cache.runtime_minutes,
     params:
@@ -75,7 +75,7 @@ rule context_distillation_train:
         "../envs/stillhouse.yaml"
     threads: threads_of_one(RESOURCES.training, "context_distillation")
     resources:
-        gpu=gpus(RESOURCES.training.gpus),
+        gpu=RESOURCES.training.gpus,
         mem_mb=RESOURCES.training.memory_mb,
         runtime=RESOURCES.training.runtime_minutes,
     params:
@@ -108,7 +108,7 @@ rule context_distillation_evaluate:
         "../envs/stillhouse.yaml"
     threads: RESOURCES.evaluation.threads
     resources:
-        gpu=gpus(RESOURCES.evaluation.gpus),
+        gpu=RESOURCES.evaluation.gpus,
         mem_mb=RESOURCES.evaluation.memory_mb,
         runtime=RESOURCES.evaluation.runtime_minutes,
     params:

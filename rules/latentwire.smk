@@ -18,7 +18,7 @@ rule latentwire_teacher_cache:
         "../envs/stillhouse.yaml"
     threads: threads_of_one(RESOURCES.teacher_cache, "latentwire")
     resources:
-        gpu=gpus(1),
+        gpu=1,
         mem_mb=RESOURCES.teacher_cache.memory_mb,
         runtime=RESOURCES.teacher_cache.runtime_minutes,
     params:
@@ -46,7 +46,7 @@ rule latentwire_train:
         "../envs/stillhouse.yaml"
     threads: threads_of_one(RESOURCES.training, "latentwire")
     resources:
-        gpu=gpus(RESOURCES.training.gpus),
+        gpu=RESOURCES.training.gpus,
         mem_mb=RESOURCES.training.memory_mb,
         runtime=RESOURCES.training.runtime_minutes,
     params:
@@ -77,7 +77,7 @@ rule latentwire_evaluate:
         "../envs/stillhouse.yaml"
     threads: RESOURCES.evaluation.threads
     resources:
-        gpu=gpus(RESOURCES.evaluation.gpus),
+        gpu=RESOURCES.evaluation.gpus,
         mem_mb=RESOURCES.evaluation.memory_mb,
         runtime=RESOURCES.evaluation.runtime_minutes,
     params:

@@ -19,7 +19,7 @@ rule lora_generation_teachers:
         "../envs/stillhouse.yaml"
     threads: threads_of_one(RESOURCES.training, "lora_generation")
     resources:
-        gpu=gpus(1),
+        gpu=1,
         mem_mb=RESOURCES.training.memory_mb,
         runtime=RESOURCES.training.runtime_minutes,
     params:
@@ -74,7 +74,7 @@ rule lora_generation_deltas:
         "../envs/stillhouse.yaml"
     threads: RESOURCES.evaluation.threads
     resources:
-        gpu=gpus(1),
+        gpu=1,
         mem_mb=RESOURCES.evaluation.memory_mb,
         runtime=RESOURCES.evaluation.runtime_minutes,
     params:
@@ -104,7 +104,7 @@ rule lora_generation_train:
         "../envs/stillhouse.yaml"
     threads: threads_of_one(RESOURCES.training, "lora_generation")
     resources:
-        gpu=gpus(RESOURCES.training.gpus),
+        gpu=RESOURCES.training.gpus,
         mem_mb=RESOURCES.training.memory_mb,
         runtime=RESOURCES.training.runtime_minutes,
     params:
@@ -135,7 +135,7 @@ rule lora_generation_evaluate:
         "../envs/stillhouse.yaml"
     threads: RESOURCES.evaluation.threads
     resources:
-        gpu=gpus(RESOURCES.evaluation.gpus),
+        gpu=RESOURCES.evaluation.gpus,
         mem_mb=RESOURCES.evaluation.memory_mb,
         runtime=RESOURCES.evaluation.runtime_minutes,
     params:

@@ -43,7 +43,7 @@ rule quantized_distillation_teacher_cache:
         "../envs/stillhouse.yaml"
     threads: threads_of_one(RESOURCES.teacher_cache, "quantized_distillation")
     resources:
-        gpu=gpus(1),
+        gpu=1,
         mem_mb=RESOURCES.teacher_cache.memory_mb,
         runtime=RESOURCES.teacher_cache.runtime_minutes,
     params:
@@ -71,7 +71,7 @@ rule quantized_distillation_train:
         "../envs/stillhouse.yaml"
     threads: threads_of_one(RESOURCES.training, "quantized_distillation")
     resources:
-        gpu=gpus(RESOURCES.training.gpus),
+        gpu=RESOURCES.training.gpus,
         mem_mb=RESOURCES.training.memory_mb,
         runtime=RESOURCES.training.runtime_minutes,
     params:
@@ -128,7 +128,7 @@ rule quantized_distillation_calibrate:
         "../envs/stillhouse.yaml"
     threads: RESOURCES.evaluation.threads
     resources:
-        gpu=gpus(1),
+        gpu=1,
         mem_mb=RESOURCES.evaluation.memory_mb,
         runtime=RESOURCES.evaluation.runtime_minutes,
     params:
@@ -158,7 +158,7 @@ rule quantized_distillation_evaluate:
         "../envs/stillhouse.yaml"
     threads: RESOURCES.evaluation.threads
     resources:
-        gpu=gpus(RESOURCES.evaluation.gpus),
+        gpu=RESOURCES.evaluation.gpus,
         mem_mb=RESOURCES.evaluation.memory_mb,
         runtime=RESOURCES.evaluation.runtime_minutes,
     params:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -264,7 +265,11 @@ def test_frozen_weights_in_8_bit_are_shared_and_gradients_pass_through_them(tiny
 
 
 @pytest.mark.slow
-def test_compiled_blocks_compute_the_same(tiny_model: Path, activations: Tensor) -> None:
+def test_compiled_blocks_compute_the_same(
+    tiny_model: Path, activations: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Traced as always, but not turned into C++, which takes minutes: the benchmark `compiled_lens` does, and compares.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     plain, compiled = tiny_lens(tiny_model), tiny_lens(tiny_model, compile=True)
     expected, found = (lens.explain(activations, gumbel_noise=False) for lens in (plain, compiled))
     torch.testing.assert_close(found.logits, expected.logits, atol=1e-4, rtol=1e-4)

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from stillhouse.config.base import StrictModel
 from stillhouse.evaluation.harness import score_choices, task_versions
-from stillhouse.evaluation.results_files import write_items, write_part
+from stillhouse.evaluation.results_files import typed, write_items, write_part
 from stillhouse.evaluation.teacher_agreement import teacher_states, token_scores
 from stillhouse.models.loading import load_model, load_tokenizer
 from stillhouse.models.output_head import OutputHead, output_head, require_plain_head
@@ -143,7 +143,10 @@ class EvaluationJob:
         if missing:
             self._compute(system, missing, parts)
         names = vars(system.system)
-        frames = [pd.read_parquet(part).assign(**names, kind=kind, name=name) for (kind, name), part in parts.items()]
+        frames = [
+            typed(pd.read_parquet(part).assign(**names, kind=kind, name=name), ITEM_COLUMNS)
+            for (kind, name), part in parts.items()
+        ]
         return pd.concat(frames, ignore_index=True)
 
     def _compute(
