@@ -12,6 +12,8 @@ from benchmarks.scale import TINY
 from benchmarks.scaling import SERIES
 from benchmarks.weighed import ON_REQUEST
 
+# One worker: a server that has imported everything forks the processes that measure memory.
+pytestmark = pytest.mark.xdist_group("benchmarks")
 # Starts engines, or processes of its own.
 SLOW = {"evaluation", "packing"}
 # What chance decides; what is only another form's reference; and the model's own rate.

@@ -16,6 +16,8 @@ from benchmarks.instruments import by_turns, operations
 from benchmarks.scale import Scale
 from stillhouse.runtime.errors import UserError
 
+# One worker: a server that has imported everything forks the processes that measure memory.
+pytestmark = pytest.mark.xdist_group("benchmarks")
 SCALE = Scale(rounds=3)
 
 

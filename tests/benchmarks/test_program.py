@@ -16,6 +16,9 @@ from benchmarks.scale import TINY
 from benchmarks.scaling import SERIES
 from stillhouse.studies.configuration import load_configuration
 
+# One worker: a server that has imported everything forks the processes that measure memory.
+pytestmark = pytest.mark.xdist_group("benchmarks")
+
 
 @pytest.mark.slow
 def test_a_run_leaves_results_and_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,9 @@ from stillhouse.studies.consistency_lens.run_settings import PositionSettings
 from tests.consistency_lens.conftest import Artefacts
 from tests.consistency_lens.corpus import activation_settings, extraction_step, make_corpus, tokenise
 
+# One worker: a server that has imported torch forks their processes.
+pytestmark = pytest.mark.xdist_group("programs")
+
 
 def files_of(directory: Path) -> dict[str, str]:
     """The digests of an artefact's shards."""

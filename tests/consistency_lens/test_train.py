@@ -40,6 +40,9 @@ RUN: dict[str, Any] = {
     },
 }
 
+# One worker: a server that has imported torch forks their processes.
+pytestmark = pytest.mark.xdist_group("programs")
+
 
 @pytest.fixture(scope="module")
 def corpus(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:

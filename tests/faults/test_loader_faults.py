@@ -21,6 +21,8 @@ from tests.assets.hub_server import REVISION, HubServer
 from tests.faults.test_training_faults import random_moments
 from tests.support.tiny_models import word_problems
 
+# One worker: a server that has imported torch forks their processes.
+pytestmark = pytest.mark.xdist_group("programs")
 ROWS = "".join(json.dumps(row) + "\n" for row in word_problems(2500)).encode()
 SECONDS_PER_PIECE = 0.05
 

@@ -21,6 +21,8 @@ from tests.faults import trainer
 from tests.faults.conftest import Undisturbed
 from tests.training.tiny_run import AnswerCrossEntropy, tiny_settings, tiny_train
 
+# One worker: a server that has imported torch forks their processes.
+pytestmark = pytest.mark.xdist_group("programs")
 RESUMED = "resumed from the last state; weights and losses bit for bit those of an undisturbed run"
 SEED = 7
 

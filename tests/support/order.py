@@ -1,6 +1,7 @@
-"""The order in which a parallel run starts its tests; the tests of an `xdist_group` share one worker.
+"""The order in which a parallel run starts its tests, and which of them share a worker.
 
-A long group that starts late would leave the other workers with nothing to do. Slurm's is the first: it mostly waits.
+The tests of an `xdist_group` do, and those of one file, so that what they share is made once. A long group that starts
+late would leave the other workers with nothing to do. Slurm's is the first: it mostly waits.
 """
 
 from __future__ import annotations
@@ -9,14 +10,22 @@ from collections import Counter
 
 import pytest
 
+SLOW = 10
+
 
 def groups_first(items: list[pytest.Item]) -> None:
-    """Slurm's tests, then the groups, the largest first, then all others as they were."""
-    sizes = Counter(map(group_of, items))
+    """Slurm's tests, then the groups, the largest first, then the files; a slow test counts as ten."""
+    named = {item: group_of(item) for item in items}
+    for item, group in named.items():
+        if not group:
+            item.add_marker(pytest.mark.xdist_group(item.location[0]))
+    sizes: Counter[str] = Counter()
+    for item in items:
+        sizes[group_of(item)] += SLOW if item.get_closest_marker("slow") else 1
 
-    def rank(item: pytest.Item) -> tuple[bool, int, str]:
+    def rank(item: pytest.Item) -> tuple[bool, bool, int, str]:
         group = group_of(item)
-        return group != "slurm", -sizes[group] if group else 0, group
+        return group != "slurm", not named[item], -sizes[group], group
 
     items.sort(key=rank)
 

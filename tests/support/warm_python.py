@@ -8,7 +8,7 @@ processes: the program that is started is not the one that works.
 
 from __future__ import annotations
 
-import atexit
+import contextlib
 import importlib
 import json
 import os
@@ -54,18 +54,27 @@ PRELOADED = {
 
 @cache
 def warm_environment() -> dict[str, str]:
-    """What to lay over the environment of a command; the servers live as long as this process."""
-    directory = Path(tempfile.mkdtemp(prefix="warm-python-"))
+    """What to lay over the environment of a command; the run's workers share the servers, which end with it."""
+    run = os.environ.get("PYTEST_XDIST_TESTRUNUID")
+    # Workers end one by one; their parent ends last.
+    owner = os.getppid() if run else os.getpid()
+    directory = Path(tempfile.gettempdir()) / f"warm-python-{run}" if run else Path(tempfile.mkdtemp())
     program = directory / "bin" / "python"
-    program.parent.mkdir()
-    program.write_text(
-        f"#!{sys.executable} -ES\nimport runpy\nrunpy.run_path({str(Path(__file__))!r}, run_name='client')\n"
-    )
-    program.chmod(0o755)
-    for name in PRELOADED:
-        # Each in a session of its own, with this process's death as its end.
-        server = subprocess.Popen([sys.executable, __file__, str(directory / name), name], start_new_session=True)
-        atexit.register(server.kill)
+    directory.mkdir(exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        (directory / "started").mkdir()
+        for name in PRELOADED:
+            command = [sys.executable, __file__, str(directory / name), name, str(owner)]
+            subprocess.Popen(command, start_new_session=True)
+        scratch = program.with_name("python.new")
+        scratch.parent.mkdir()
+        scratch.write_text(
+            f"#!{sys.executable} -ES\nimport runpy\nrunpy.run_path({str(Path(__file__))!r}, run_name='client')\n"
+        )
+        scratch.chmod(0o755)
+        scratch.rename(program)
+    while not program.exists():
+        time.sleep(0.05)
     return {
         "PATH": f"{program.parent}:{os.environ['PATH']}",
         "WARM_PYTHON": str(directory),
@@ -92,18 +101,17 @@ def client(arguments: list[str]) -> None:
     sys.exit(int.from_bytes(answer, "big") if answer else 1)
 
 
-def serve(address: str, name: str) -> None:
-    """Import, then fork a process for each request."""
+def serve(address: str, name: str, owner: str) -> None:
+    """Import, then fork a process for each request until the owner has ended."""
     for module in PRELOADED[name]:
         importlib.import_module(module)
-    parent = os.getppid()
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(f"{address}.new")
     listener.listen(64)
     Path(f"{address}.new").rename(address)
     listener.settimeout(5)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-    while os.getppid() == parent:
+    while Path(f"/proc/{owner}").exists():
         try:
             connection, _ = listener.accept()
         except TimeoutError:

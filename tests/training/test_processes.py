@@ -15,6 +15,9 @@ from stillhouse.runtime.errors import UserError
 from stillhouse.training.tracking import read_metrics
 from tests.training.tiny_run import tiny_settings, tiny_train
 
+# One worker: a server that has imported torch forks their processes.
+pytestmark = pytest.mark.xdist_group("programs")
+
 
 def run_two(model: Path, folder: Path, *options: str) -> list[CompletedProcess[str]]:
     """The tiny run in two processes, to its end."""

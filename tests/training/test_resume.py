@@ -21,6 +21,9 @@ from stillhouse.training.processes import INTERRUPTED_STATUS
 from stillhouse.training.tracking import read_metrics
 from tests.training.tiny_run import AnswerCrossEntropy, tiny_settings, tiny_train
 
+# One worker: a server that has imported torch forks their processes.
+pytestmark = pytest.mark.xdist_group("programs")
+
 
 def run_program(model: Path, folder: Path, *arguments: str, use_cpu: str = "true") -> CompletedProcess[str]:
     return forked.start("tests.training.tiny_run", model, folder, *arguments, ACCELERATE_USE_CPU=use_cpu).finish()
