@@ -146,12 +146,22 @@ def continued(project: Workflow, seed: int) -> int:
 def start_again(job: str, process: subprocess.Popen[bytes], prepare: Callable[[], None] = lambda: None) -> None:
     """Start a job that Slurm has put back into its queue, where it lets it wait for two minutes.
 
-    The wait is for remains of the job; here one can look whether there are any.
+    The wait is for remains of the job; here one can look whether there are any. Where the node's daemon remembers the
+    job's first attempt all the same, Slurm holds the job and drains the node; an administrator frees both.
     """
+
+    def started() -> bool:
+        if f"{job} PENDING launch failed requeued held" in one_node.queue("all", "%i %T %r"):
+            set_node("resume")
+            one_node.run("scontrol", "release", job)
+            one_node.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+        return (job, "RUNNING") in states()
+
     wait(lambda: (job, "PENDING") in states(), process, f"job {job} to be queued again")
     wait(lambda: not one_node.runs_here(job), process, f"the remains of job {job} to go")
     prepare()
     one_node.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+    wait(started, process, f"job {job} to start")
 
 
 def submission(project: Workflow, name: str) -> str:
