@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from subprocess import CompletedProcess
 
@@ -13,7 +16,7 @@ from support import forked
 
 from stillhouse.runtime.errors import UserError
 from stillhouse.training.tracking import read_metrics
-from tests.training.tiny_run import tiny_settings, tiny_train
+from tests.training.tiny_run import REPOSITORY, tiny_settings, tiny_train
 
 # One worker: a server that has imported torch forks their processes.
 pytestmark = pytest.mark.xdist_group("programs")
@@ -44,6 +47,22 @@ def test_two_processes_give_the_loss_curve_and_the_weights_of_one(
     weights = [load_file(next((output / "checkpoint-8").glob("*model.safetensors"))) for output in outputs_of]
     torch.testing.assert_close(weights[1], weights[0], atol=2e-5, rtol=0)
     assert alone.processes == 1
+
+
+@pytest.mark.slow
+def test_a_lease_of_two_gpus_starts_a_training_of_two_processes(tiny_model: Path, tmp_path: Path) -> None:
+    """The way of a job of the workflow: lease, `accelerate launch`, training. The GPUs exist by name only."""
+    lease = [sys.executable, "workflow_scripts/gpu_lease.py", "2", "--distributed", "--"]
+    job = [sys.executable, "-m", "tests.training.tiny_run", str(tiny_model), str(tmp_path / "two")]
+    machine = {"STILLHOUSE_FAKE_GPUS": "GPU-a,GPU-b", "STILLHOUSE_LOCK_DIR": str(tmp_path / "leases")}
+    done = subprocess.run(
+        [*lease, *job], cwd=REPOSITORY, env=os.environ | machine, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines().count("processes: 2") == 2
+    tiny_train(tiny_model, tmp_path / "one", tiny_settings())
+    weights = [load_file(tmp_path / run / "output/checkpoint-8/adapter_model.safetensors") for run in ("one", "two")]
+    torch.testing.assert_close(weights[1], weights[0], atol=2e-5, rtol=0)
 
 
 @pytest.mark.slow
