@@ -81,12 +81,12 @@ def study(**settings) -> dict:
             "'context_distillation.sweeps.online_v1+topk-16.distillation.topk': unknown key: did you mean 'top_k'?",
         ),
         (
-            study(defaults={"training": {"schedule": {"warmup_steps": 6}}}),
-            "schedule.warmup_steps (6) must be below steps (6)",
+            study(defaults={"training": {"schedule": {"warmup_steps": 4}}}),
+            "schedule.warmup_steps (4) must be below steps (4)",
         ),
         (
-            study(evaluation={"steps": [6, 5]}),
-            "'context_distillation.evaluation.steps': step 5 is never saved by baseline: it saves 3, 6",
+            study(evaluation={"steps": [4, 3]}),
+            "'context_distillation.evaluation.steps': step 3 is never saved by baseline: it saves 2, 4",
         ),
         (
             study(task={"train": {"size": 8}}),
@@ -98,7 +98,7 @@ def study(**settings) -> dict:
         ),
         (
             study(condition_settings={"late": {"distillation": {"only_last_steps": 99}}}, conditions=["late"]),
-            "distillation.only_last_steps (99) is above training.steps (6)",
+            "distillation.only_last_steps (99) is above training.steps (4)",
         ),
     ],
 )

