@@ -40,6 +40,7 @@ of each in a process of its own.
 
     make benchmark                                          # all of it
     python -m benchmarks only=[context_step,teacher_cache]  # some of it; the rest of the results stays
+    python -m benchmarks only=[loading,compiled_lens]       # choices that were weighed: on request alone
     python -m benchmarks.page                               # this page from benchmarks/results/
 
 The same command on a GPU takes the full-size scale in bf16 and writes a file of its own. Ratios are medians over

@@ -14,7 +14,7 @@ from benchmarks.results import Point, SeriesResult, growth_exponent
 from stillhouse.evaluation.statistics import Estimate
 from stillhouse.reporting.style import BLUE, GREEN, GREY, VERMILLION, draw_frame, figure, save_figure
 
-COLUMNS = 4
+COLUMNS = 3
 
 
 def draw_ratios(path: Path, rows: Sequence[tuple[str, Estimate, float | None]]) -> None:
@@ -97,7 +97,9 @@ def draw_panel(axes: Axes, result: SeriesResult, ours: frozenset[str], quantity:
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.set_minor_locator(NullLocator())
-    axes.margins(x=0.08, y=0.25)
+    axes.margins(x=0.08, y=0.1)
+    lowest, highest = axes.get_ylim()
+    axes.set_ylim(lowest, highest * (highest / lowest) ** 0.4)  # room for the names
     axes.legend(loc="upper left", fontsize=7.5, handlelength=1, borderpad=0)
 
 

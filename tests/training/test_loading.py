@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from stillhouse.training import loop
-from stillhouse.training.loading import Loader
+from stillhouse.training.loading import Loader, Make
 from tests.training.tiny_run import tiny_settings, tiny_train
 
 CPU = torch.device("cpu")
@@ -43,15 +43,27 @@ class InPlace(Loader):
             yield batch, batch.tokens
 
 
-def test_what_is_made_ahead_is_what_would_be_made_in_place() -> None:
+class Ahead(Loader):
+    """The form for GPUs."""
+
+    def __init__(self, make: Make, last: int, device: torch.device, *, ahead: bool) -> None:
+        super().__init__(make, last, device, ahead=True)
+
+
+both_ways = pytest.mark.parametrize("ahead", [True, False])
+
+
+@both_ways
+def test_what_is_made_ahead_is_what_would_be_made_in_place(ahead: bool) -> None:
     asked = [(1, 10), (2, 10), (3, 10), (4, 10), (4, 5), (5, 5), (6, 5), (6, 5), (7, 5)]
-    with closing(Loader(made, 7, CPU)) as loader:
+    with closing(Loader(made, 7, CPU, ahead=ahead)) as loader:
         for step, budget in asked:
             assert list(loader.micro_batches(step, budget)) == [(batch, 7) for batch in made(step, budget)]
 
 
-def test_an_update_that_is_left_in_its_middle_begins_again_from_the_first() -> None:
-    with closing(Loader(made, 4, CPU)) as loader:
+@both_ways
+def test_an_update_that_is_left_in_its_middle_begins_again_from_the_first(ahead: bool) -> None:
+    with closing(Loader(made, 4, CPU, ahead=ahead)) as loader:
         assert next(loader.micro_batches(1, 10))[0].name == (1, 10, 0)
         assert [batch.name for batch, _ in loader.micro_batches(1, 10)] == [(1, 10, 0), (1, 10, 1)]
         assert [batch.name for batch, _ in loader.micro_batches(3, 10)] == [(3, 10, 0)]
@@ -65,7 +77,7 @@ def test_the_next_one_is_made_while_one_is_learned_from() -> None:
             events[batch.name].set()
             yield batch
 
-    with closing(Loader(make, 3, CPU)) as loader:
+    with closing(Loader(make, 3, CPU, ahead=True)) as loader:
         first_update = loader.micro_batches(1, 10)
         next(first_update)
         assert events[1, 10, 1].wait(10) and not events[3, 10, 0].is_set()
@@ -73,13 +85,14 @@ def test_the_next_one_is_made_while_one_is_learned_from() -> None:
         assert events[3, 10, 0].wait(10), "the first of the next update is made before this one ends"
 
 
-def test_an_error_is_raised_where_its_micro_batch_is_asked_for() -> None:
+@both_ways
+def test_an_error_is_raised_where_its_micro_batch_is_asked_for(ahead: bool) -> None:
     def make(step: int, token_budget: int) -> Iterable[Named]:
         if step == 3:
             raise ValueError("shard 5 is damaged")
         return made(step, token_budget)
 
-    with closing(Loader(make, 3, CPU)) as loader:
+    with closing(Loader(make, 3, CPU, ahead=ahead)) as loader:
         assert len(list(loader.micro_batches(1, 10))) == 2
         assert list(loader.micro_batches(2, 10)) == []
         with pytest.raises(ValueError, match="shard 5"):
@@ -91,6 +104,7 @@ def test_training_is_bit_equal_to_micro_batches_made_in_place(
 ) -> None:
     """With dropout: a thread that drew from the global generators would change it."""
     settings = tiny_settings(steps=4, lora={"rank": 4, "dropout": 0.2}, micro_batch_tokens=150)
+    monkeypatch.setattr(loop, "Loader", Ahead)
     ahead, _ = tiny_train(tiny_model, tmp_path / "ahead", settings)
     monkeypatch.setattr(loop, "Loader", InPlace)
     in_place, _ = tiny_train(tiny_model, tmp_path / "in_place", settings)

@@ -187,7 +187,7 @@ class Trainer:
         self.clipped = [trained_parameters([group]) for group in groups] if clip_apart else [self.parameters]
         self.optimizer = build_optimizer(groups, settings.learning_rate, settings.weight_decay)
         self.progress = Progress(micro_batch_tokens=settings.micro_batch_tokens)
-        self.loader = Loader(self._micro_batches, settings.steps, self.device)
+        self.loader = Loader(self._micro_batches, settings.steps, self.device, ahead=self.device.type != "cpu")
 
     def resume(self) -> int:
         """Load the newest valid state; returns the number of completed steps."""
