@@ -9,6 +9,7 @@ A job that started nevertheless would fail at once, on empty inputs.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -29,6 +30,13 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 SNAKEMAKE = ("-m", "snakemake")
 # `--touch` waits a tenth of a second for each job, so that times of files differ: twenty minutes for 10,000 jobs.
 TOUCH = "from snakemake import cli; from snakemake.executors import touch; touch.Executor.SLEEPING_TIME = 0; cli.main()"
+# Runs a command and writes its status, processor seconds and peak memory. A small process between: a child's peak would
+# otherwise begin at that of this one, which has torch loaded.
+MEASURED = (
+    "import json, resource, subprocess, sys; status = subprocess.call(sys.argv[2:]); "
+    "used = resource.getrusage(resource.RUSAGE_CHILDREN); "
+    "json.dump([status, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024], open(sys.argv[1], 'w'))"
+)
 PARTS = ("Snakefile", "rules", "src", "workflow_scripts", "config", "envs", "profiles", "docs/captions")
 MODELS, CONDITIONS, SEEDS = 6, 20, 5
 SIZES = (0, 3, 16)
@@ -92,21 +100,19 @@ def snakemake(directory: Path, *arguments: str, program: Sequence[str] = SNAKEMA
     """Run snakemake there; returns what it took and what it printed."""
     environment = {**os.environ, "PYTHONPATH": str(directory / "src")}
     command = [sys.executable, *program, "--configfile", "scale.yaml", "--cores", "2", *arguments]
-    log = directory / "snakemake.log"
+    log, used = directory / "snakemake.log", directory / "used.json"
     with log.open("wb") as stream:
         start = time.monotonic()
-        process = subprocess.Popen(command, cwd=directory, env=environment, stdout=stream, stderr=subprocess.STDOUT)
-        _, status, usage = os.wait4(process.pid, 0)
+        measured = [sys.executable, "-c", MEASURED, str(used), *command]
+        subprocess.run(measured, cwd=directory, env=environment, stdout=stream, stderr=subprocess.STDOUT, check=True)
         seconds = time.monotonic() - start
     text = log.read_text()
+    status, processor_seconds, peak = json.loads(used.read_text())
     if status:
         raise SystemExit(f"{' '.join(command)}\n{text[-3000:]}")
     total = re.search(r"^total\s+(\d+)$", text, re.MULTILINE)
     jobs = int(total[1]) if total else 0
-    peak = usage.ru_maxrss / 1024
-    return CommandResult(
-        seconds=seconds, processor_seconds=usage.ru_utime + usage.ru_stime, peak_memory_mib=peak, jobs=jobs
-    ), text
+    return CommandResult(seconds=seconds, processor_seconds=processor_seconds, peak_memory_mib=peak, jobs=jobs), text
 
 
 def stand_in_outputs(directory: Path, dry_run: str) -> None:

@@ -304,7 +304,7 @@ def workflow_section(workflow: WorkflowResult) -> Iterator[str]:
     for label, size in (("default", workflow.default), *((None, size) for size in workflow.sizes)):
         jobs = size["dry run"].jobs
         times = [command.seconds for command in size.values()]
-        peak = max(command.peak_memory_mib for command in size.values())
+        peak = max((command.peak_memory_mib for command in size.values() if command.peak_memory_mib), default=None)
         cells.append((label or "study of sweeps", jobs, *times, peak))
     columns = (
         Column("configuration"),

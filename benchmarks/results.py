@@ -101,11 +101,11 @@ class SeriesResult(StrictModel):
 
 
 class CommandResult(StrictModel):
-    """One run of a command: wall and processor seconds, peak memory, and the jobs that it counted."""
+    """One run of a command: wall and processor seconds, peak memory (None: not measured), and the jobs it counted."""
 
     seconds: float
     processor_seconds: float
-    peak_memory_mib: float
+    peak_memory_mib: float | None
     jobs: int
 
 
