@@ -99,14 +99,15 @@ def test_an_error_is_raised_where_its_micro_batch_is_asked_for(ahead: bool) -> N
             list(loader.micro_batches(3, 10))
 
 
+@pytest.mark.parametrize("form", [Loader, Ahead])
 def test_training_is_bit_equal_to_micro_batches_made_in_place(
-    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: type[Loader]
 ) -> None:
     """With dropout: a thread that drew from the global generators would change it."""
     settings = tiny_settings(steps=4, lora={"rank": 4, "dropout": 0.2}, micro_batch_tokens=150)
-    monkeypatch.setattr(loop, "Loader", Ahead)
-    ahead, _ = tiny_train(tiny_model, tmp_path / "ahead", settings)
+    monkeypatch.setattr(loop, "Loader", form)
+    found, _ = tiny_train(tiny_model, tmp_path / "found", settings)
     monkeypatch.setattr(loop, "Loader", InPlace)
     in_place, _ = tiny_train(tiny_model, tmp_path / "in_place", settings)
-    for (name, left), right in zip(ahead.named_parameters(), in_place.parameters(), strict=True):
+    for (name, left), right in zip(found.named_parameters(), in_place.parameters(), strict=True):
         assert torch.equal(left, right), name
