@@ -6,6 +6,7 @@ import errno
 import hashlib
 import io
 import os
+import shutil
 import tarfile
 import threading
 import time
@@ -231,6 +232,15 @@ def test_progress_is_logged_while_pip_runs(
         download_package(package)
     assert "downloading thing==1.0" in caplog.text
     assert "thing: 0 of 0 MB" in caplog.text
+
+
+def test_progress_passes_over_a_folder_that_pip_removes_while_it_is_counted(tmp_path: Path) -> None:
+    (tmp_path / "arrived.whl").touch()
+    (tmp_path / "unpack" / "inner").mkdir(parents=True)
+    files = packages._files(tmp_path)
+    assert next(files) == tmp_path / "arrived.whl"
+    shutil.rmtree(tmp_path / "unpack")
+    assert list(files) == []
 
 
 def test_an_entry_for_a_data_set_names_its_section_of_the_configuration(tmp_path: Path) -> None:

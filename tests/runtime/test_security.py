@@ -33,7 +33,7 @@ DANGEROUS = {
     "numpy.load": ("allow_pickle", False),
     "np.load": ("allow_pickle", False),
     "pd.read_pickle": None,
-    "yaml.load": None,
+    "yaml.load": ("Loader", "yaml.CSafeLoader"),
     "yaml.unsafe_load": None,
     "eval": None,
     "exec": None,

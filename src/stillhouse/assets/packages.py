@@ -96,8 +96,14 @@ def _show_progress(process: subprocess.Popen[bytes], package: Package, folders: 
             process.wait(PROGRESS_SECONDS)
             return
         except subprocess.TimeoutExpired:
-            arrived = max((_size(file) for folder in folders for file in folder.rglob("*")), default=0)
+            arrived = max((_size(file) for folder in folders for file in _files(folder)), default=0)
             logger.info("%s: %.0f%s MB", package.name, arrived / 1e6, total)
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """All files below `folder`; what pip removes meanwhile is passed over (`Path.rglob` would raise)."""
+    for directory, _, names in os.walk(folder):
+        yield from (Path(directory, name) for name in names)
 
 
 def _size(file: Path) -> int:

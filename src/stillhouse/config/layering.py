@@ -37,7 +37,8 @@ class Layer:
 def read_layer(path: Path) -> Layer:
     """Read one YAML file as a layer."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        # What `yaml.safe_load` does, by libyaml: a tenth of the time of every look at the workflow.
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.CSafeLoader) or {}
     except FileNotFoundError:
         raise ConfigurationError(f"{path}: does not exist: check the path given to --configfile") from None
     except yaml.YAMLError as error:

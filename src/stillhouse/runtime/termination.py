@@ -36,8 +36,12 @@ def _hand_on(reader: int) -> None:
 
 def _below(process: int) -> Iterator[int]:
     """The processes that a process has started, and those that they have; none where the system has no /proc."""
-    for children in Path(f"/proc/{process}/task").glob("*/children"):
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            for child in map(int, children.read_text().split()):
-                yield child
-                yield from _below(child)
+    children: list[int] = []
+    # A process or a thread may end while it is looked at.
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        for thread in Path(f"/proc/{process}/task").iterdir():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                children += map(int, (thread / "children").read_text().split())
+    for child in children:
+        yield child
+        yield from _below(child)
