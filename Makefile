@@ -13,7 +13,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PYTHONDONTWRITEBYTECODE =
 INSTALL = $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet --no-deps --no-compile
 
-.PHONY: results status test benchmark check audit format generate clean-environment
+.PHONY: results status test benchmark check audit warm format generate clean-environment
 
 results: $(VENV)/installed
 	snakemake --cores all $(SNAKEMAKE_ARGUMENTS)
@@ -42,6 +42,10 @@ audit:
 	  $(VENV)-audit/bin/python -m pip install --disable-pip-version-check --quiet pip-audit==2.10.1; } || \
 	  { echo "audit: NOT AUDITED: pip-audit cannot be installed"; rm -rf $(VENV)-audit; }
 	@test ! -x $(VENV)-audit/bin/pip-audit || $(VENV)-audit/bin/python .ci/audit envs/*.txt
+
+# Compiles what the tests import, once: in a new environment every worker of `make test` would do that for itself.
+warm: $(VENV)/installed-test
+	-@python -m pytest --collect-only -qq >/dev/null
 
 format: $(VENV)/installed-test
 	ruff check --fix .
