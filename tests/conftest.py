@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -21,6 +22,10 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     leave_out_long_faults(config, items)
     groups_first(items)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # The garbage collector need not search what was imported, again and again.
 
 
 @pytest.fixture(scope="session")

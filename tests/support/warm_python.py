@@ -9,6 +9,7 @@ processes: the program that is started is not the one that works.
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -46,7 +47,9 @@ PRELOADED = {
         "pyarrow.parquet",
         "scipy.stats",
         "matplotlib.pyplot",
+        "lm_eval.tasks",
         "omegaconf",
+        "pydantic",
         "torch.utils.tensorboard",
     ),
 }
@@ -105,6 +108,7 @@ def serve(address: str, name: str, owner: str) -> None:
     """Import, then fork a process for each request until the owner has ended."""
     for module in PRELOADED[name]:
         importlib.import_module(module)
+    gc.freeze()  # No child searches, and so copies, what was imported.
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(f"{address}.new")
     listener.listen(64)

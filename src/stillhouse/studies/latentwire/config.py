@@ -279,10 +279,10 @@ EMBEDDED: Overrides = {
     "evaluation": {
         # Without the other two replays, of which `replay_raw` is what `full_text` is, computed by another way.
         "arms": [arm for arm in ARMS if arm not in ("replay_raw", "replay_anchor")],
-        "wire": {"formats": ["fp16", "int8", "int4"]},
+        "wire": {"formats": ["int8", "int4"]},
         "generation": {"max_new_tokens": 10},
         "validation_items": 8,
-        "test_items": 16,
+        "test_items": 14,
         "batch_size": 8,
     },
 }
