@@ -40,15 +40,15 @@ SERIES: dict[str, Series] = {
         ),
         Series("top_k", "context_step", "top_k", "K", (16, 64, 256, 1024, 4096), ("naive", "cached targets"), batch=2),
         Series(
-            "vocabulary", "context_step", "vocabulary", "vocabulary", (2048, 8192, 32768, 65536),
+            "vocabulary", "context_step", "vocabulary", "vocabulary", (2048, 8192, 32768),
             ("naive", "cached targets"), batch=2,
         ),
         Series(
-            "cached_examples", "teacher_cache", "examples", "examples in the cache", (8, 16, 32),
+            "cached_examples", "teacher_cache", "examples", "examples in the cache", (4, 8, 16),
             ("padded batches", "shots read once"),
         ),
         Series(
-            "documents", "activation_extraction", "documents", "documents", (16, 32, 64, 128),
+            "documents", "activation_extraction", "documents", "documents", (8, 16, 32, 64),
             ("padded batches", "extraction"),
         ),
         Series(
@@ -59,7 +59,7 @@ SERIES: dict[str, Series] = {
             "latents", "latentwire_step", "latents", "latents, M", (4, 16, 64, 256),
             ("teacher in the step", "cached teacher"),
         ),
-        Series("adapters", "delta_activations", "adapters", "adapters, A", (2, 4, 8, 16), ("one by one", "together")),
+        Series("adapters", "delta_activations", "adapters", "adapters, A", (1, 2, 4, 8), ("one by one", "together")),
         Series(
             "checkpoints", "evaluation", "checkpoints", "checkpoints", (1, 2, 4),
             ("transformers generate", "one engine start"),

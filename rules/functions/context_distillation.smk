@@ -19,6 +19,11 @@ CONTEXT_TRANSFER = expand(
     "resources/datasets/{dataset}", dataset=CONTEXT.evaluation.transfer
 )
 CONTEXT_EVALUATION = f"{CONTEXT_RESULTS}/{{model}}/evaluation"
+CONTEXT_CACHES = [
+    (model, cache)
+    for model in CONTEXT.models
+    for cache in CONTEXT.caches(model).values()
+]
 
 CONTEXT_DISTILLATION_TARGETS = {
     "data": [CONTEXT_DATA],
@@ -32,11 +37,21 @@ CONTEXT_DISTILLATION_TARGETS = {
         f"resources/datasets/{CONTEXT.task.dataset}",
         *CONTEXT_TRANSFER,
         CONTEXT_DATA,
-        *expand("resources/models/{model}", model=CONTEXT.models),
+        *dict.fromkeys(
+            f"resources/models/{name}"
+            for name in (
+                *CONTEXT.models,
+                *(cache.model for _, cache in CONTEXT_CACHES if cache.model),
+            )
+        ),
+        *dict.fromkeys(
+            f"{CONTEXT_RESULTS}/{model}/task_teacher"
+            for model, cache in CONTEXT_CACHES
+            if cache.adapter
+        ),
         *[
-            f"{CONTEXT_RESULTS}/{model}/teacher_cache/{cache}"
-            for model in CONTEXT.models
-            for cache in CONTEXT.caches(model)
+            f"{CONTEXT_RESULTS}/{model}/teacher_cache/{cache.name}"
+            for model, cache in CONTEXT_CACHES
         ],
         *expand(CONTEXT_STUDENTS, model=CONTEXT.models),
         *expand(f"{CONTEXT_EVALUATION}/run.json", model=CONTEXT.models),
@@ -109,6 +124,7 @@ def context_evaluate_settings(wildcards):
             for name in CONTEXT.evaluation.transfer
         },
         conditions=CONTEXT.conditions,
+        repeated_mistakes=CONTEXT.repeated_mistakes(wildcards.model),
         prompt_format=CONTEXT.subject_defaults(wildcards.model).prompt_format,
         evaluation=CONTEXT.evaluation,
         served_by_vllm=entry.vllm,

@@ -55,6 +55,8 @@ def fake_evaluation(
     generated: int = 24,
     effects: Mapping[str, Effect] = EFFECTS,
     settings: EvaluationSettings | None = None,
+    repeated_mistakes: Mapping[str, tuple[str, ...]] | None = None,
+    skipped: Mapping[str, int] | None = None,
 ) -> Path:
     """Write `results.json` and `items.parquet` of one model; returns the path of the former."""
     settings = settings or EvaluationSettings(engine=EngineSettings(kind="transformers"))
@@ -78,6 +80,8 @@ def fake_evaluation(
         dataset_note="the published test items, re-split by seed: not comparable with published numbers",
         engine="TransformersEngine",
         evaluation=settings.model_dump(mode="json"),
+        repeated_mistakes=dict(repeated_mistakes or {}),
+        skipped=dict(skipped or {}),
         conditions=tuple(conditions),
         selections=tuple(select_checkpoints(measurements, settings.selection)),
         measurements=tuple(measurements),

@@ -41,6 +41,8 @@ def test_the_tables_agree_with_the_evaluation(tmp_path: Path) -> None:
             assert float(row["gold_nll"]) == pytest.approx(measurement.gold_nll.value, abs=1e-5)
             assert measurement.strict is not None
             assert row["strict_count"] == f"{measurement.strict.count} / {measurement.strict.n}"
+            assert measurement.finished is not None
+            assert float(row["finished"]) == pytest.approx(measurement.finished.value, abs=1e-5)
     assert len(rows(tmp_path / "tables" / "checkpoints.csv")) == 2 * 4
     assert [row["shots"] for row in rows(tmp_path / "tables" / "icl_gap.csv")] == ["0", "4", "8"]
     assert {file.suffix for file in (tmp_path / "tables").iterdir()} == {".csv", ".tex", ".md"}
@@ -72,9 +74,19 @@ def test_published_behaviour_is_named_where_a_run_follows_it(tmp_path: Path) -> 
     settings = EvaluationSettings(
         engine=EngineSettings(kind="transformers"), scorer="as_published", selection="best_on_test"
     )
-    section = make(tmp_path, fake_evaluation(tmp_path / "evaluation", settings=settings))
-    assert section.count("**As published:**") == 2
-    assert "**As published:**" not in make(tmp_path, fake_evaluation(tmp_path / "other"))
+    mistakes = {"one_late": ("online_v1", "kl_t1"), "shuffled_answers_as_published": ("shuffled_answers",)}
+    section = make(tmp_path, fake_evaluation(tmp_path / "evaluation", settings=settings, repeated_mistakes=mistakes))
+    assert section.count("**As published:**") == 4
+    assert "`online_v1`, `kl_t1` distil the logits one position late" in section and "derangement" not in section
+    corrected = make(tmp_path, fake_evaluation(tmp_path / "other"))
+    assert "**As published:**" not in corrected and "is a derangement" in corrected
+    assert "cut at 512 new tokens" in corrected
+
+
+def test_examples_that_were_left_out_are_counted(tmp_path: Path) -> None:
+    assert "left out" not in make(tmp_path, fake_evaluation(tmp_path / "none"))
+    section = make(tmp_path, fake_evaluation(tmp_path / "some", skipped={"online_v1": 1200}))
+    assert "Training examples over the limit of tokens were left out: 1,200 by `online_v1`." in section
 
 
 def test_several_seeds_and_models_share_the_tables(tmp_path: Path) -> None:

@@ -12,11 +12,13 @@ import time
 import zipfile
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from support.workflow import TINY_STUDY, Workflow, make_workflow, write_config
 
 STUDY = "src/stillhouse/studies/context_distillation"
 FIGURES = {"context_distillation_figure": 5}
+STUDENTS = "context_distillation/tiny/students"
 REPORT = {"context_distillation_report": 1, "results_page": 1}
 AFTER_EVALUATION = {"context_distillation_figure": 4, **REPORT}
 AFTER_TRAINING = {"context_distillation_evaluate": 1, **FIGURES, **REPORT}
@@ -52,6 +54,29 @@ def test_everything_that_was_asked_for_is_made(finished: Workflow) -> None:
     record = json.loads((results / "context_distillation/tiny/students/online_v1/seed_42/run.json").read_text())
     assert record["settings"]["run"]["distillation"]["top_k"] == 8
     assert {"code", "data", "git", "packages", "devices", "seconds", "peak_memory_mib"} <= set(record)
+    last = (results / STUDENTS / "online_v1/seed_42/metrics.jsonl").read_text().splitlines()[-1]
+    assert {"loss", "tokens_per_second", "memory_mib", "eta_seconds"} <= set(json.loads(last))
+    assert "| context_distillation / train | 6 |" in (results / "results.md").read_text()  # the task's teacher too
+
+
+def test_every_saved_checkpoint_of_every_condition_is_scored_item_by_item(finished: Workflow) -> None:
+    folder = finished.directory / "results/context_distillation/tiny/evaluation"
+    results = json.loads((folder / "results.json").read_text())
+    items = pd.read_parquet(folder / "items.parquet")
+    trained = ["baseline", "online_v1", "kl_t1", "kl_full", "lora_teacher"]
+    scored = {(m["condition"], m["step"]): m for m in results["measurements"] if m["split"] == "test"}
+    assert scored.keys() == {
+        ("base_zero_shot", 0),
+        ("base_few_shot", 0),
+        *((condition, step) for condition in trained for step in (2, 4)),
+    }
+    for (condition, step), measurement in scored.items():
+        rows = items[(items["condition"] == condition) & (items["step"] == step) & (items["split"] == "test")]
+        assert len(rows) == measurement["gold_nll"]["n"] == 6
+        assert rows["output"].notna().sum() == measurement["strict"]["n"] == 4
+        assert measurement["gold_nll"]["value"] == pytest.approx(rows["gold_nll"].sum() / rows["gold_tokens"].sum())
+    assert results["evaluation"]["generation"]["max_new_tokens"] == 8 and results["repeated_mistakes"] == {}
+    assert {choice["condition"] for choice in results["selections"]} == set(trained)
 
 
 def test_a_second_run_has_nothing_to_do(project: Workflow) -> None:

@@ -67,7 +67,7 @@ class Configuration(StrictModel):
     @model_validator(mode="after")
     def engines_get_the_gpus_they_spread_over(self) -> Configuration:
         """Refuse an evaluation that spreads a model over another number of GPUs than its job asks for."""
-        for study in STUDIES:
+        for study in self.studies:
             engine = getattr(getattr(self, study), "engine", None)
             if engine is not None and engine.tensor_parallel != self.resources.evaluation.gpus:
                 raise SettingError(

@@ -63,6 +63,9 @@ FLEXIBLE = Measure(
     "Flexible accuracy (% of answers)",
     "flexible accuracy\n(percentage points)",
 )
+FINISHED = Measure(
+    "finished", "finished share", "Answers that ended before the limit (%)", "finished answers\n(percentage points)"
+)
 DRAWN_MEASURES = (GOLD_NLL, STRICT, MARKER)
 
 

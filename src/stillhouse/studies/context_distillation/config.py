@@ -15,7 +15,6 @@ from pydantic import Field, model_validator
 from stillhouse.config.base import SettingError, StrictModel, remembered
 from stillhouse.config.data import DataSettings, SplitSettings
 from stillhouse.config.evaluation import EngineSettings, GenerationSettings
-from stillhouse.config.layering import merge
 from stillhouse.config.references import Reference
 from stillhouse.config.runs import ConditionRuns, Overrides, laid_over
 from stillhouse.config.sweeps import Sweep
@@ -164,8 +163,16 @@ class ContextDistillationConfig(StrictModel, ConditionRuns[RunSettings]):
 
     def task_teacher_settings(self, model: str) -> RunSettings:
         """The run that trains the task's LoRA teacher: cross entropy alone, over the same sequences."""
-        overrides = {"training": self.task_teacher.model_dump(), "distillation": {"loss": "none"}}
-        return RunSettings.model_validate(merge(self.subject_defaults(model).model_dump(), overrides))
+        own = {"training": self.task_teacher.model_dump(), "distillation": {"loss": "none"}}
+        return RunSettings.model_validate({**self.subject_defaults(model).model_dump(), **own})
+
+    def repeated_mistakes(self, model: str) -> dict[str, list[str]]:
+        """The published mistakes that a model's students repeat, each with their conditions."""
+        found: dict[str, list[str]] = {}
+        for condition in self.trained_conditions:
+            for mistake in self.run_settings(model, condition).repeated_mistakes:
+                found.setdefault(mistake, []).append(condition)
+        return found
 
     @remembered
     def caches(self, model: str) -> dict[str, CacheSettings]:
@@ -181,7 +188,7 @@ EMBEDDED: Overrides = {
         # 16 to learn from, and the 8 fixed shots.
         "train": {"source": "test", "size": 24},
         "validation": {"source": "test", "size": 6},
-        "test": {"source": "test", "size": 20},
+        "test": {"source": "test", "size": 18},
     },
     "defaults": {
         "teacher": {"context": {"sampling": "fixed"}, "batch_tokens": 1024},
@@ -206,7 +213,7 @@ EMBEDDED: Overrides = {
     },
     "evaluation": {
         "engine": {"max_model_length": 2560},
-        "generation": {"max_new_tokens": 128},
+        "generation": {"max_new_tokens": 112},
         "few_shot_counts": [8],
         "generated_items": 12,
         "batch_tokens": 1024,

@@ -8,7 +8,7 @@ condition, a longer run or a stopped job computes only what is missing.
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,6 +83,7 @@ class EvaluateStep(StrictModel):
     task: Task
     transfer_tasks: dict[str, Task] = {}
     conditions: tuple[str, ...]
+    repeated_mistakes: dict[str, tuple[str, ...]] = {}
     prompt_format: PromptFormat
     evaluation: EvaluationSettings
     served_by_vllm: bool
@@ -136,6 +137,8 @@ def main(step: EvaluateStep) -> None:
             dataset_note=step.dataset_note,
             engine=job.engine,
             evaluation=step.evaluation.model_dump(mode="json"),
+            repeated_mistakes=step.repeated_mistakes,
+            skipped=skipped_examples(step.students),
             conditions=tuple(dict.fromkeys(subject.condition for subject in subjects)),
             selections=tuple(select_checkpoints(measurements, step.evaluation.selection)),
             measurements=tuple(measurements),
@@ -158,6 +161,13 @@ def find_subjects(step: EvaluateStep) -> list[Subject]:
         for trained_step in sorted(checkpoints.keys() & (step.evaluation.steps or checkpoints)):
             subjects.append(Subject(run["condition"], run["seed"], trained_step, 0, checkpoints[trained_step]))
     return subjects
+
+
+def skipped_examples(students: Sequence[Path]) -> dict[str, int]:
+    """How many training examples each condition left out, over the limit of the student or of its teacher."""
+    records = [read_json(student / "run.json") for student in students]
+    counts = {one["settings"]["condition"]: len(one["skipped"]["examples"]) + len(one["untaught"]) for one in records}
+    return {condition: count for condition, count in counts.items() if count}
 
 
 class EvaluationJob:

@@ -25,8 +25,9 @@ from stillhouse.studies.context_distillation.comparisons import (
     headline,
     load_evaluations,
 )
+from stillhouse.studies.context_distillation.config import EvaluationSettings
 from stillhouse.studies.context_distillation.figures.checkpoint_curve import chosen_by
-from stillhouse.studies.context_distillation.results import Evaluation
+from stillhouse.studies.context_distillation.results import Evaluation, ModelResults
 from stillhouse.studies.context_distillation.tables import (
     checkpoint_table,
     gap_table,
@@ -49,12 +50,19 @@ QUESTION = (
     f"trained on cross entropy plus the distance to the teacher's logits. `{BASELINE}` is the same training without "
     "the distance; the other conditions change one part of the teacher or of the distance."
 )
-CORRECTIONS = (
-    "The logits that *predict* the answer tokens are distilled; the published code took them one position late and "
-    "never distilled the first answer token (`distillation.positions: one_late` does so again).",
-    "`shuffled_answers` is a derangement: no exemplar keeps its own answer; the published permutation let some keep "
-    "theirs (`exemplars: shuffled_answers_as_published` does so again).",
-)
+# By the setting that repeats a mistake: what is said of a run without it, and of the conditions that have it.
+MISTAKES = {
+    "one_late": (
+        "The logits that *predict* the answer tokens are distilled; the published code took them one position late and "
+        "never distilled the first answer token (`distillation.positions: one_late` does so again).",
+        "distil the logits one position late, so that the first answer token is never distilled.",
+    ),
+    "shuffled_answers_as_published": (
+        "`shuffled_answers` is a derangement: no exemplar keeps its own answer; the published permutation let some "
+        "keep theirs (`exemplars: shuffled_answers_as_published` does so again).",
+        "permute the exemplars' answers so that some keep their own.",
+    ),
+}
 SCORER_NOTES = {
     "corrected": "Answers may have a sign and decimals; the published pattern read digits and commas only.",
     "as_published": "**As published:** the scorer reads digits and commas only, so that a sign or decimals are lost.",
@@ -103,9 +111,7 @@ def section(
         "### Checkpoints",
         f"<details><summary>Every checkpoint</summary>\n\n{checkpoints}\n</details>",
         "### Data, models and protocol",
-        "\n".join(
-            f"- {note}" for note in [*sources(evaluations), *protocol(first.evaluation, chosen_by(evaluations[0]))]
-        ),
+        "\n".join(f"- {note}" for note in [*sources(evaluations), *protocol(first, chosen_by(evaluations[0]))]),
         "The same tables as CSV and LaTeX: [tables/context_distillation](tables/context_distillation).",
     ]
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
@@ -170,12 +176,25 @@ def sources(evaluations: Sequence[Evaluation]) -> list[str]:
     return [f"{note.rstrip('.')}." for note in (*data, *models)]
 
 
-def protocol(settings: dict[str, object], chooser: str) -> list[str]:
+def protocol(results: ModelResults, chooser: str) -> list[str]:
     """What differs from the published protocol, and where this run follows it, mistakes included."""
+    settings = EvaluationSettings.model_validate(results.evaluation)
     choice = f"Headline checkpoints are chosen by {chooser}; the published numbers took the best on the test set."
-    if settings["selection"] == "best_on_test":
+    if settings.selection == "best_on_test":
         choice = f"**As published:** headline checkpoints are chosen by {chooser}, which flatters every student."
-    return [choice, SCORER_NOTES[str(settings["scorer"])], *CORRECTIONS, SAMPLE_NOTE]
+    repeated = [
+        f"**As published:** {', '.join(f'`{name}`' for name in results.repeated_mistakes[mistake])} {mistaken}"
+        if mistake in results.repeated_mistakes
+        else corrected
+        for mistake, (corrected, mistaken) in MISTAKES.items()
+    ]
+    limit = (
+        f"An answer is cut at {settings.generation.max_new_tokens:,} new tokens and scored as it stands; *finished* is "
+        "the share that ended before."
+    )
+    left_out = "; ".join(f"{count:,} by `{condition}`" for condition, count in results.skipped.items())
+    skipped = [f"Training examples over the limit of tokens were left out: {left_out}."] if left_out else []
+    return [choice, SCORER_NOTES[settings.scorer], *repeated, limit, *skipped, SAMPLE_NOTE]
 
 
 if __name__ == "__main__":

@@ -66,7 +66,11 @@ class Measurement(StrictModel):
 
 
 class ModelResults(StrictModel):
-    """`results.json`: everything that was measured of one model."""
+    """`results.json`: everything that was measured of one model.
+
+    repeated_mistakes: settings that repeat a mistake of the published code, each with the conditions that have it.
+    skipped: by condition, how many training examples were left out because they were over the limit of tokens.
+    """
 
     model: str
     model_note: str
@@ -74,6 +78,8 @@ class ModelResults(StrictModel):
     dataset_note: str
     engine: str
     evaluation: dict[str, object]
+    repeated_mistakes: dict[str, tuple[str, ...]]
+    skipped: dict[str, int]
     conditions: tuple[str, ...]
     selections: tuple[Selection, ...]
     measurements: tuple[Measurement, ...]

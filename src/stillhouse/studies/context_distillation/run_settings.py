@@ -39,7 +39,9 @@ class TeacherSettings(StrictModel):
     """Who teaches: the student's own base (model null), another model of the same vocabulary, or a LoRA of the base."""
 
     model: Annotated[str | None, Field(description="Catalogue name; null is the student's own base.")] = None
-    adapter: Annotated[bool, Field(description="Teach with a LoRA trained on the task (rule train_teacher).")] = False
+    adapter: Annotated[
+        bool, Field(description="Teach with a LoRA trained on the task (rule context_distillation_task_teacher).")
+    ] = False
     context: ContextSettings = ContextSettings()
     max_length: Annotated[int, Field(ge=16, description="Longest teacher sequence, in tokens.")] = 4096
     targets: Annotated[
@@ -140,6 +142,12 @@ class RunSettings(StrictModel):
             overlong=self.overlong,
             train_examples=self.train_examples,
         )
+
+    @property
+    def repeated_mistakes(self) -> tuple[str, ...]:
+        """The settings of this run that repeat a mistake of the published code."""
+        chosen = (self.distillation.positions, self.teacher.context.exemplars) if self.cache_mode != "none" else ()
+        return tuple(choice for choice in chosen if choice in ("one_late", "shuffled_answers_as_published"))
 
     @model_validator(mode="after")
     def settings_fit_each_other(self) -> RunSettings:

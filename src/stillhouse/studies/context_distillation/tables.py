@@ -8,6 +8,7 @@ from stillhouse.evaluation.statistics import Estimate, holm
 from stillhouse.reporting.tables import Cell, Column, Table
 from stillhouse.studies.context_distillation.comparisons import (
     BASELINE,
+    FINISHED,
     FLEXIBLE,
     GOLD_NLL,
     MARKER,
@@ -37,6 +38,7 @@ def headline_table(evaluations: Sequence[Evaluation]) -> Table:
             *counted(one, subject, STRICT),
             *counted(one, subject, FLEXIBLE)[1:],
             *counted(one, subject, MARKER)[1:],
+            *counted(one, subject, FINISHED)[1:],
             estimate(one, subject, GOLD_NLL).n,
             estimate(one, subject, STRICT).n,
         )
@@ -53,6 +55,7 @@ def headline_table(evaluations: Sequence[Evaluation]) -> Table:
         Column("strict", "percent_estimate", 1, "strict, %"),
         Column("flexible", "percent_estimate", 1, "flexible, %"),
         Column("marker", "percent_estimate", 1, "wrote ####, %"),
+        Column("finished", "percent_estimate", 1, "finished, %"),
         Column("items", "integer", heading="n (NLL)"),
         Column("answers", "integer", heading="n (answers)"),
     )
@@ -76,6 +79,7 @@ def gap_table(evaluations: Sequence[Evaluation]) -> Table:
             estimate(one, subject, GOLD_NLL),
             estimate(one, subject, STRICT),
             estimate(one, subject, MARKER),
+            estimate(one, subject, FINISHED),
         )
         for one in evaluations
         for subject in headline(one)
@@ -87,6 +91,7 @@ def gap_table(evaluations: Sequence[Evaluation]) -> Table:
         Column("gold_nll", "estimate", 3, "gold NLL, nats/token"),
         Column("strict", "percent_estimate", 1, "strict, %"),
         Column("marker", "percent_estimate", 1, "wrote ####, %"),
+        Column("finished", "percent_estimate", 1, "finished, %"),
     )
     return Table("icl_gap", "The base model before any training, by number of shots.", columns, tuple(rows))
 

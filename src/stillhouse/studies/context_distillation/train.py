@@ -91,7 +91,7 @@ def main(step: TrainStep) -> None:
                 run_name=f"{step.condition}-seed-{step.seed}",
             )
             if process_state().is_main_process:
-                record.add(training=asdict(result), examples=len(data), skipped=asdict(data.skipped))
+                record.add(training=asdict(result), examples=len(data), skipped=asdict(data.skipped), untaught=untaught)
                 write_manifest(staging)
                 record.write(staging / "run.json")
 
