@@ -271,6 +271,8 @@ STUDY = Benchmark(
     floor_formula="forward(teacher tokens, answer rows) + steps x 2 x forward(student tokens, answer rows)",
     remains="Loading the teacher and writing the cache with its checksums, once; then the step's own.",
     # A round is fifteen steps of every form.
-    change=lambda scale: replace(scale, batch=max(1, scale.batch // 2), rounds=min(3, scale.rounds)),
+    change=lambda scale: replace(
+        scale, layers=max(1, scale.layers // 2), batch=max(1, scale.batch // 2), rounds=min(3, scale.rounds)
+    ),
     checked=lambda scale: replace(scale, batch=1),
 )

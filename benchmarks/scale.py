@@ -56,7 +56,7 @@ class Scale:
     checkpoints: int = 5
     precision: Precision = "fp32"
     rounds: int = 9
-    seconds: float = 8.0
+    seconds: float = 6.0
 
     @property
     def layer_weights(self) -> int:

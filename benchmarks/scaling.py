@@ -12,8 +12,6 @@ from benchmarks.instruments import by_turns, peak_memory_mib
 from benchmarks.results import Point, SeriesResult
 from benchmarks.scale import Scale
 
-ROUNDS = 2
-
 
 @dataclass(frozen=True)
 class Series:
@@ -69,7 +67,7 @@ SERIES: dict[str, Series] = {
 
 
 def measure_series(series: Series, scale: Scale, folder: Path) -> SeriesResult:
-    """Time every value's forms by turns, then measure their memory, each form in a process of its own."""
+    """Time every value's forms once, in turn, then measure their memory, each form in a process of its own."""
     benchmark = BENCHMARKS[series.benchmark]
     forms = [form for form in benchmark.forms if form.name in series.forms]
     sizes: list[dict[str, Any]] = [
@@ -82,7 +80,7 @@ def measure_series(series: Series, scale: Scale, folder: Path) -> SeriesResult:
         if sized is scales[0]:
             for work in works.values():
                 work()
-        for name, times in by_turns(works, min(ROUNDS, sized.rounds)).items():
+        for name, times in by_turns(works, rounds=1).items():
             seconds[name].append(times)
     works.clear()
     memory = peak_memory_mib({form.name: form.prepare for form in forms if form.counted}, folder, scales)

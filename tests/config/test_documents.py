@@ -31,3 +31,6 @@ def test_the_published_defaults_are_those_of_the_models() -> None:
     assert (training.weight_decay, training.max_gradient_norm, training.save_every) == (0.01, 1.0, 200)
     assert (run.distillation.top_k, run.distillation.weight, run.teacher.context.shots) == (256, 0.5, 8)
     assert (run.teacher.max_length, run.max_length) == (4096, 512)
+    assert Configuration().context_distillation.seeds == (42,)
+    projections = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert set(lora.target_modules) == projections

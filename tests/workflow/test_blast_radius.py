@@ -1,6 +1,7 @@
-"""Which rules every setting of context distillation reaches: computed by the rules' own functions, without Snakemake.
+"""Which rules every setting and every module of context distillation reaches, without a run of Snakemake.
 
-`test_workflow.py` shows for a few settings what then reruns downstream; here no key is left out.
+The rules' own functions say what a job reads. `test_workflow.py` shows for some settings and modules what then reruns
+downstream; here no key and no module is left out.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from stillhouse.runtime.commands import dotted_arguments
 from stillhouse.studies.configuration import STUDIES, Configuration
 from stillhouse.studies.context_distillation.config import ContextDistillationConfig
 
+STUDY = "studies.context_distillation"
 FUNCTIONS = Path(__file__).resolve().parents[2] / "rules" / "functions"
 MODEL, CONDITIONS = "smollm2_135m", ("baseline", "online_v1", "kl_t1", "lora_teacher")
 # Of a caching condition: what only its student reads, what its teacher reads, and what both do.
@@ -108,6 +110,52 @@ REACHED: dict[str, tuple[Any, set[str]]] = {
     "evaluation.scorer": ("as_published", EVALUATE),
     "evaluation.batch_tokens": (4096, EVALUATE),
 }
+# Each module that a step of the study reaches, under the rules whose jobs a change of its code makes again.
+REACHED_BY: dict[str, str] = {
+    "split": ("data.split data.splits"),
+    "split teacher_cache train evaluate": (
+        "assets assets.answers assets.records config.assets data data.records runtime.code_digests "
+        "runtime.device_usage runtime.digests runtime.records"
+    ),
+    "split teacher_cache train evaluate figures report": (
+        "config config.base config.layering runtime runtime.commands runtime.errors runtime.files "
+        "runtime.logs stillhouse"
+    ),
+    "split evaluate": ("config.data"),
+    "teacher_cache train": ("models.output_head models.target_cache study.data study.teacher"),
+    "teacher_cache train evaluate": (
+        "config.training data.exemplars data.packing data.prompts models models.loading models.lora "
+        "models.precision models.prefix runtime.seeds study.run_settings"
+    ),
+    "teacher_cache train evaluate figures report": ("studies study"),
+    "train": (
+        "study.objective study.train training training.checkpoints training.data_order training.loading "
+        "training.loop training.objective training.optimizers training.processes training.schedules "
+        "training.sharding training.tracking"
+    ),
+    "evaluate": (
+        "config.evaluation config.references config.runs config.sweeps evaluation.engines "
+        "evaluation.engines.base evaluation.engines.checks evaluation.engines.transformers_engine "
+        "evaluation.engines.vllm_cpu_lora evaluation.engines.vllm_engine evaluation.instruction_following "
+        "evaluation.perplexity evaluation.scorers study.config study.evaluate"
+    ),
+    "evaluate figures report": ("evaluation evaluation.results_files evaluation.statistics study.results"),
+    "figures": ("study.figures.ablation_bars study.figures.ablation_curve study.figures.loss study.figures.summary"),
+    "figures report": (
+        "reporting reporting.steps reporting.style study.comparisons study.figures study.figures.checkpoint_curve"
+    ),
+    "report": ("reporting.tables study.report study.tables"),
+}
+STEPS = {
+    "split": ["data.split"],
+    "teacher_cache": ["study.teacher"],
+    "train": ["study.train"],
+    "evaluate": ["study.evaluate"],
+    "figures": [
+        f"study.figures.{name}" for name in ("summary", "checkpoint_curve", "ablation_curve", "ablation_bars", "loss")
+    ],
+    "report": ["study.report"],
+}
 # What must be so on both sides for a change to be allowed.
 NEEDED: dict[str, tuple[str, Any]] = {
     "defaults.teacher.targets": ("condition_settings.lora_teacher", {}),
@@ -188,3 +236,13 @@ def test_a_setting_reaches_exactly_the_rules_that_read_it(key: str) -> None:
     needed = [NEEDED[key]] if key in NEEDED else []
     before, after = (what_rules_read(configured(*needed, *changes)) for changes in ([], [(key, value)]))
     assert {rule for rule in before if before[rule] != after[rule]} == reached
+
+
+def test_a_module_reaches_exactly_the_rules_that_run_its_code() -> None:
+    reached: dict[str, list[str]] = {}
+    for rule, steps in STEPS.items():
+        modules = {module for step in steps for module in code_digests(f"stillhouse.{step.replace('study', STUDY)}")}
+        for module in modules:
+            reached.setdefault(module.removeprefix("stillhouse.").replace(STUDY, "study"), []).append(rule)
+    table = {module: rules.split() for rules, modules in REACHED_BY.items() for module in modules.split()}
+    assert reached == table

@@ -200,7 +200,13 @@ def sample_note(evaluations: Sequence[Evaluation], dots: bool = True) -> str:
     several = any(len(subject.measurements) > 1 for one in evaluations for subject in headline(one))
     over = "seeds and items" if several else "items; one seed"
     seeds = " Small dots: single seeds." if several and dots else ""
-    return f"{'. '.join(dict.fromkeys(notes))}. 95 % intervals over {over}.{seeds}"
+    return f"{'. '.join(dict.fromkeys(notes))}. 95 % intervals over {over}.{seeds}{data_note(evaluations)}"
+
+
+def data_note(evaluations: Sequence[Evaluation]) -> str:
+    """What the catalogue says of the data, for what may be seen apart from the page; "" where it says nothing."""
+    notes = dict.fromkeys(one.results.dataset_note.rstrip(".") for one in evaluations if one.results.dataset_note)
+    return f" Data: {'; '.join(notes)}." if notes else ""
 
 
 def _values(evaluation: Evaluation, subject: Subject, measure: Measure) -> tuple[Floats, Floats]:

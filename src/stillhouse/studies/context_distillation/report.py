@@ -6,6 +6,8 @@ Every sentence about an outcome is computed. Links are relative to `results/`, w
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import cast
 
 from stillhouse.evaluation.statistics import holm
 from stillhouse.reporting.steps import ReportStep
@@ -21,11 +23,11 @@ from stillhouse.studies.context_distillation.comparisons import (
     Comparison,
     Measure,
     compare,
+    data_note,
     find,
     headline,
     load_evaluations,
 )
-from stillhouse.studies.context_distillation.config import EvaluationSettings
 from stillhouse.studies.context_distillation.figures.checkpoint_curve import chosen_by
 from stillhouse.studies.context_distillation.results import Evaluation, ModelResults
 from stillhouse.studies.context_distillation.tables import (
@@ -81,7 +83,7 @@ def main(step: ReportStep) -> None:
     transfer = transfer_table(evaluations)
     with staged_directory(step.tables) as directory:
         for table in [*tables, *([transfer] if transfer else [])]:
-            write_table(table, directory)
+            write_table(replace(table, caption=table.caption + data_note(evaluations)), directory)
     atomic_write_text(step.section, section(evaluations, pairs, tables, transfer))
 
 
@@ -178,9 +180,9 @@ def sources(evaluations: Sequence[Evaluation]) -> list[str]:
 
 def protocol(results: ModelResults, chooser: str) -> list[str]:
     """What differs from the published protocol, and where this run follows it, mistakes included."""
-    settings = EvaluationSettings.model_validate(results.evaluation)
+    settings = results.evaluation
     choice = f"Headline checkpoints are chosen by {chooser}; the published numbers took the best on the test set."
-    if settings.selection == "best_on_test":
+    if settings["selection"] == "best_on_test":
         choice = f"**As published:** headline checkpoints are chosen by {chooser}, which flatters every student."
     repeated = [
         f"**As published:** {', '.join(f'`{name}`' for name in results.repeated_mistakes[mistake])} {mistaken}"
@@ -188,13 +190,13 @@ def protocol(results: ModelResults, chooser: str) -> list[str]:
         else corrected
         for mistake, (corrected, mistaken) in MISTAKES.items()
     ]
-    limit = (
-        f"An answer is cut at {settings.generation.max_new_tokens:,} new tokens and scored as it stands; *finished* is "
-        "the share that ended before."
+    limit = cast("dict[str, int]", settings["generation"])["max_new_tokens"]
+    cut = (
+        f"An answer is cut at {limit:,} new tokens and scored as it stands; *finished* is the share that ended before."
     )
     left_out = "; ".join(f"{count:,} by `{condition}`" for condition, count in results.skipped.items())
     skipped = [f"Training examples over the limit of tokens were left out: {left_out}."] if left_out else []
-    return [choice, SCORER_NOTES[settings.scorer], *repeated, limit, *skipped, SAMPLE_NOTE]
+    return [choice, SCORER_NOTES[str(settings["scorer"])], *repeated, cut, *skipped, SAMPLE_NOTE]
 
 
 if __name__ == "__main__":
