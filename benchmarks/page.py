@@ -124,7 +124,7 @@ def device_section(results: Results, directory: Path, page: Path) -> Iterator[st
         )
         draw_growth(figure, series, labels, ours)
         yield f"### How cost grows\n\n![Growth of time and memory]({figure.relative_to(page.parent)})\n"
-        yield "Each size is timed once, after a first call that is not; the exponent is fitted over all sizes.\n"
+        yield "Each size is timed once, after a first call that is not.\n"
     if results.workflow:
         yield from workflow_section(results.workflow)
 
