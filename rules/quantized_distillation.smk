@@ -138,7 +138,6 @@ rule quantized_distillation_calibrate:
     shell:
         f"{LEASE} --at-most {{resources.gpu}} -- "
         "{input.environment:q}/bin/python -m stillhouse.studies.quantized_distillation.baselines {params.inputs:q} output={output:q} "
-        "work=work/quantized_distillation/{wildcards.model}/exported/{wildcards.condition} "
         "{params.settings:q} 2>&1 | tee {log:q}"
 
 
