@@ -1,4 +1,5 @@
-# Needs: the catalogue. Makes: resources/models/<name>/ and resources/datasets/<name>/, verified and normalised.
+# Needs: the catalogue, and the files of this machine that it names.
+# Makes: resources/models/<name>/ and resources/datasets/<name>/, verified and normalised.
 
 
 include: "functions/assets.smk"
@@ -6,6 +7,8 @@ include: "functions/assets.smk"
 
 rule model:
     """Fetch a model from the first source of the catalogue that answers, verify it, and store it as safetensors."""
+    input:
+        own_files=own_model_files,
     output:
         directory("resources/models/{model}"),
     log:
@@ -27,6 +30,8 @@ rule model:
 
 rule dataset:
     """Fetch a data set, verify it, and store its published splits as JSONL with one schema per task."""
+    input:
+        own_files=own_dataset_files,
     output:
         directory("resources/datasets/{dataset}"),
     log:

@@ -9,6 +9,18 @@ def catalogue_entry(what, name, entries):
     return entry
 
 
+def own_model_files(wildcards):
+    """A model of this machine is read anew when one of its files changes; others are pinned by the catalogue."""
+    return catalogue_entry("model", wildcards.model, CONFIGURATION.models).own_files(
+        ["*"]
+    )
+
+
+def own_dataset_files(wildcards):
+    entry = catalogue_entry("data set", wildcards.dataset, CONFIGURATION.datasets)
+    return entry.own_files(entry.splits.values())
+
+
 def model_settings(wildcards):
     entry = catalogue_entry("model", wildcards.model, CONFIGURATION.models)
     return settings(

@@ -30,10 +30,13 @@ CACHES = {"context_distillation_task_teacher": 1, "context_distillation_teacher_
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("workflow")]
 
 
+EDITED = ("src", "rules", "workflow_scripts", "assets")
+
+
 @pytest.fixture
 def project(finished: Workflow) -> Workflow:
     """The finished workflow; what a test edits is put back."""
-    sources = [path for part in ("src", "rules", "workflow_scripts") for path in (finished.directory / part).rglob("*")]
+    sources = [path for part in EDITED for path in (finished.directory / part).rglob("*")]
     sources = [path for path in sources if path.is_file() and path.suffix != ".pyc"]
     before = {path: path.read_bytes() for path in sources}
     yield finished
@@ -96,6 +99,22 @@ def test_a_comment_in_every_module_reruns_nothing(project: Workflow) -> None:
     for path in (project.directory / "src").rglob("*.py"):
         path.write_text(path.read_text() + "\n# A remark.\n")
     assert project.planned() == {}
+
+
+def test_a_changed_row_of_an_own_data_set_reruns_what_is_made_of_it(project: Workflow) -> None:
+    rows = project.directory / "assets/arithmetic/all.jsonl"
+    os.utime(rows)
+    assert project.planned() == {}
+    rows.write_text(rows.read_text().replace("apples", "pears", 1))
+    assert project.planned() == {"dataset": 1, "split_dataset": 1, **CACHES, **TRAIN}
+
+
+def test_changed_weights_of_an_own_model_rerun_all_that_is_made_with_them(project: Workflow) -> None:
+    settings = project.directory / "assets/tiny/config.json"
+    settings.write_text(settings.read_text().replace("{", '{\n  "remark": "another model",', 1))
+    planned = project.planned()
+    assert planned.pop("model") == 1
+    assert planned == {**CACHES, **TRAIN}
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ Stands between the catalogue (or a user's configuration) and the step program `s
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -116,6 +117,17 @@ class AssetEntry(StrictModel):
         if len(missing) == len(usable):
             return f"{', '.join(missing)} does not exist: correct the path in sources"
         return None
+
+    def own_files(self, patterns: Iterable[str]) -> list[str]:
+        """The files of this machine that the sources name, of a folder those that match: the DAG's inputs."""
+        paths = [Path(source.path) for source in self.sources if isinstance(source, PathSource)]
+        matched = [
+            file
+            for path in paths
+            for pattern in patterns
+            for file in ([path] if path.is_file() else path.glob(pattern))
+        ]
+        return sorted({str(file) for file in matched if file.is_file()})
 
     def materialise_settings(self) -> dict[str, Any]:
         """The leaves that the step program reads; the others describe, and changing them makes nothing stale."""

@@ -43,13 +43,17 @@ def data_digest(path: Path) -> str:
     return sha256_file(path / MANIFEST if path.is_dir() else path)
 
 
-def fingerprint(module: str, settings: BaseModel, inputs: Mapping[str, Path], exclude: set[str]) -> str:
+def fingerprint(
+    module: str, settings: BaseModel, inputs: Mapping[str, Path], exclude: set[str], precision: str | None = None
+) -> str:
     """Digest of what determines a run: settings without paths (`exclude`), code and input data.
 
-    The seed is one of the settings.
+    The seed is one of the settings. precision: the number format that the settings' `auto` means on this machine, so
+    that a job never goes on in another one; None where there is no choice.
     """
     return short_digest(
         {
+            "precision": precision,
             "settings": settings.model_dump(mode="json", exclude=exclude),
             "code": code_digests(module),
             "data": {name: data_digest(path) for name, path in sorted(inputs.items())},

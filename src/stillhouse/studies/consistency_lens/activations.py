@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from stillhouse.config.base import StrictModel
 from stillhouse.models.activations import residual_stream
 from stillhouse.models.loading import frozen, load_model
-from stillhouse.models.precision import default_device
+from stillhouse.models.precision import default_device, resolve_precision
 from stillhouse.models.prefix import token_batches
 from stillhouse.runtime.commands import run_step
 from stillhouse.runtime.errors import UserError
@@ -63,7 +63,13 @@ def main(step: ActivationsStep) -> None:
         verify_manifest(step.model)
         examples = open_splits(step)
         plans = plan_shards({split: len(own) for split, own in examples.items()}, step.shard_documents)
-        work = step.work / fingerprint(MODULE, step, inputs, exclude={*inputs, "output", "work", "processes"})
+        work = step.work / fingerprint(
+            MODULE,
+            step,
+            inputs,
+            exclude={*inputs, "output", "work", "processes"},
+            precision=resolve_precision(step.activations.precision),
+        )
         processes = min(step.processes, len(plans))
         if processes == 1:
             extract_shards(step, work, 0, 1)

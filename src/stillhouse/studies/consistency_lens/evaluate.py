@@ -19,6 +19,7 @@ from stillhouse.config.training import TrackingSettings
 from stillhouse.evaluation.results_files import Selection, write_items, write_part
 from stillhouse.models.activations import swapped
 from stillhouse.models.loading import frozen, load_tokenizer
+from stillhouse.models.precision import resolve_precision
 from stillhouse.runtime.code_digests import code_digests
 from stillhouse.runtime.commands import run_step
 from stillhouse.runtime.digests import short_digest
@@ -344,6 +345,7 @@ class EvaluationJob:
         facts = {
             **self._facts,
             "weights": recorded_digests(subject.checkpoints[step]),
+            "precision": resolve_precision(subject.run.training.precision),
             "run": subject.run.model_dump(mode="json", include={"lens", "training"}),
             "activations": data_digest(subject.activations),
             "split": split,

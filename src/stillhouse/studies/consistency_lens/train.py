@@ -76,7 +76,8 @@ def main(step: TrainStep) -> None:
     """Train from the newest state of this very run, and put the kept checkpoints into place."""
     inputs = {"model": step.model, "examples": step.examples}
     verify_manifest(step.model)
-    work_dir = step.work / fingerprint(MODULE, step, inputs, exclude=PATHS)
+    precision = resolve_precision(step.run.training.precision)
+    work_dir = step.work / fingerprint(MODULE, step, inputs, exclude=PATHS, precision=precision)
     if process_state().is_main_process:
         log_to_file(work_dir)
     run, settings = step.run, step.run.training

@@ -33,6 +33,7 @@ from stillhouse.evaluation.scorers import (
 )
 from stillhouse.models.loading import load_model, load_tokenizer
 from stillhouse.models.lora import checkpoint_kind, load_checkpoint
+from stillhouse.models.precision import resolve_precision
 from stillhouse.runtime.code_digests import code_digests
 from stillhouse.runtime.commands import run_step
 from stillhouse.runtime.digests import short_digest
@@ -206,6 +207,8 @@ class EvaluationJob:
             "data": data_digest(step.data),
             "code": code_digests(MODULE),
             "prompt_format": step.prompt_format,
+            # What `auto` means on this machine: the work of one that computes in another format is not mixed in.
+            "precision": resolve_precision(settings.engine.precision),
             "shots_seed": settings.shots_seed,
             "transfer": {
                 path.name: [data_digest(path), settings.transfer[path.name].model_dump()] for path in step.transfer
@@ -309,7 +312,7 @@ class EvaluationJob:
     def _score(self, output: str, problem: Problem, task: Task) -> tuple[bool, bool, bool]:
         score = SCORERS[task](output, problem.gold)
         strict = score.strict_correct
-        if self.step.evaluation.scorer == "as_published":
+        if self.step.evaluation.scorer == "as_published" and task == "math_word_problem":
             strict = published_correct(output, problem.answer)
         return strict, score.flexible_correct, score.wrote_marker
 

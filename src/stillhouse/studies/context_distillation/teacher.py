@@ -24,6 +24,7 @@ from stillhouse.data.records import read_problems
 from stillhouse.models.loading import frozen, load_model, load_tokenizer
 from stillhouse.models.lora import adapter_disabled, checkpoint_kind, load_checkpoint
 from stillhouse.models.output_head import OutputHead, output_head, require_plain_head
+from stillhouse.models.precision import resolve_precision
 from stillhouse.models.prefix import (
     encode_prefix,
     shared_prefix_length,
@@ -217,7 +218,13 @@ def main(step: TeacherStep) -> None:
         ids = [examples.sequences[place].example_id for place in order]
         plan = [ids[start : start + EXAMPLES_PER_SHARD] for start in range(0, len(ids), EXAMPLES_PER_SHARD)]
         forward = TeacherForward(model, examples, settings.mode, settings.top_k, settings.batch_tokens)
-        work = step.work / fingerprint(MODULE, step, inputs, {*inputs, "adapter", "output", "work"})
+        work = step.work / fingerprint(
+            MODULE,
+            step,
+            inputs,
+            exclude={*inputs, "adapter", "output", "work"},
+            precision=resolve_precision(settings.precision),
+        )
         shards = compute_shards(work, plan, forward)
         facts = CacheFacts(
             settings.mode,

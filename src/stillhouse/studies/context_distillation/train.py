@@ -17,6 +17,7 @@ from stillhouse.data.prompts import PromptRenderer, prompt_renderer
 from stillhouse.data.records import Problem, read_problems
 from stillhouse.models.loading import load_tokenizer
 from stillhouse.models.lora import load_trainable
+from stillhouse.models.precision import resolve_precision
 from stillhouse.runtime.commands import run_step
 from stillhouse.runtime.files import verify_manifest, write_manifest
 from stillhouse.runtime.logs import log_to_file, logger
@@ -53,7 +54,8 @@ def main(step: TrainStep) -> None:
     inputs = {"model": step.model, "data": step.data} | ({"cache": step.cache} if step.cache else {})
     for path in inputs.values():
         verify_manifest(path)
-    work_dir = step.work / fingerprint(MODULE, step, inputs, exclude=PATHS)
+    precision = resolve_precision(step.run.training.precision)
+    work_dir = step.work / fingerprint(MODULE, step, inputs, exclude=PATHS, precision=precision)
     if process_state().is_main_process:
         log_to_file(work_dir)
     seed = step.seed + step.run.seed_offset

@@ -19,6 +19,7 @@ from stillhouse.config.base import StrictModel
 from stillhouse.evaluation.reading_comprehension import squad_version
 from stillhouse.evaluation.results_files import Selection, write_items, write_part
 from stillhouse.models.loading import load_tokenizer
+from stillhouse.models.precision import resolve_precision
 from stillhouse.runtime.code_digests import code_digests
 from stillhouse.runtime.commands import run_step
 from stillhouse.runtime.digests import short_digest
@@ -139,6 +140,7 @@ class EvaluationJob:
             "code": code_digests(MODULE),
             "data": data_digest(step.data),
             "models": {name: data_digest(path) for name, (path, _) in models.items()},
+            "precision": resolve_precision(neutral.precision),
             "neutral": self.lab.neutral.model_dump(mode="json"),
             "items": [*limits.values(), step.max_text_bytes],
             "version": self.lab.version,

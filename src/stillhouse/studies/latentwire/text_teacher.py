@@ -17,6 +17,7 @@ from torch import Tensor
 from stillhouse.config.base import StrictModel
 from stillhouse.data.packing import NO_LABEL
 from stillhouse.models.output_head import require_plain_head
+from stillhouse.models.precision import resolve_precision
 from stillhouse.models.prefix import token_batches
 from stillhouse.models.target_cache import CacheFacts, TargetCache, TeacherTargets, compute_shards, publish_cache
 from stillhouse.runtime.commands import run_step
@@ -117,7 +118,13 @@ def main(step: TextTeacherStep) -> None:
         ids = list(by_id)
         plan = [ids[start : start + EXAMPLES_PER_SHARD] for start in range(0, len(ids), EXAMPLES_PER_SHARD)]
         teacher = OnlineTeacher(reader, step.cache.batch_tokens)
-        work = step.work / fingerprint(MODULE, step, inputs, {*inputs, "output", "work"})
+        work = step.work / fingerprint(
+            MODULE,
+            step,
+            inputs,
+            exclude={*inputs, "output", "work"},
+            precision=resolve_precision(step.cache.precision),
+        )
         shards = compute_shards(work, plan, lambda wanted: targets(teacher, [by_id[identity] for identity in wanted]))
         vocabulary = reader.model.config.get_text_config().vocab_size
         facts = CacheFacts("hidden", vocabulary, 0, str(reader.model.dtype).removeprefix("torch."))

@@ -16,6 +16,7 @@ import torch
 from stillhouse.config.base import StrictModel
 from stillhouse.config.training import TrackingSettings
 from stillhouse.models.output_head import require_plain_head
+from stillhouse.models.precision import resolve_precision
 from stillhouse.runtime.commands import run_step
 from stillhouse.runtime.errors import UserError
 from stillhouse.runtime.files import verify_manifest, write_manifest
@@ -60,7 +61,8 @@ def main(step: TrainStep) -> None:
     inputs = named_inputs(step)
     for path in inputs.values():
         verify_manifest(path)
-    work_dir = step.work / fingerprint(MODULE, step, inputs, exclude=PATHS)
+    precision = resolve_precision(step.run.training.precision)
+    work_dir = step.work / fingerprint(MODULE, step, inputs, exclude=PATHS, precision=precision)
     if process_state().is_main_process:
         log_to_file(work_dir)
     run, seed = step.run, step.seed + step.run.seed_offset

@@ -19,6 +19,7 @@ from stillhouse.config.base import StrictModel
 from stillhouse.config.training import Precision
 from stillhouse.evaluation.results_files import Selection, write_items, write_part
 from stillhouse.models.lora_tensors import adapter_digest, read_adapter
+from stillhouse.models.precision import resolve_precision
 from stillhouse.runtime.code_digests import code_digests
 from stillhouse.runtime.commands import run_step
 from stillhouse.runtime.digests import short_digest
@@ -158,7 +159,8 @@ class EvaluationJob:
             "code": code_digests(MODULE),
             "model": data_digest(step.model),
             "data": [data_digest(path) for path in step.data],
-            "settings": [self.settings.model_dump(mode="json", include=READ), step.precision, step.trust_remote_code],
+            "precision": [resolve_precision(chosen) for chosen in (step.precision, self.settings.engine.precision)],
+            "settings": [self.settings.model_dump(mode="json", include=READ), step.trust_remote_code],
         }
 
     def entries(self) -> list[Entry]:

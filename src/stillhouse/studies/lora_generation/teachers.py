@@ -20,6 +20,7 @@ from stillhouse.config.base import StrictModel
 from stillhouse.config.evaluation import EngineSettings, GenerationSettings
 from stillhouse.config.training import TrackingSettings
 from stillhouse.models.lora_tensors import write_adapter
+from stillhouse.models.precision import resolve_precision
 from stillhouse.runtime.commands import run_step
 from stillhouse.runtime.errors import UserError
 from stillhouse.runtime.files import link_or_copy, staged_directory, verify_manifest, write_json, write_manifest
@@ -83,7 +84,8 @@ def main(step: TeachersStep) -> None:
     inputs = {"model": step.model, "data": step.data}
     for path in inputs.values():
         verify_manifest(path)
-    work_dir = step.work / fingerprint(MODULE, step, inputs, exclude=PATHS)
+    precision = resolve_precision(step.training.precision)
+    work_dir = step.work / fingerprint(MODULE, step, inputs, exclude=PATHS, precision=precision)
     log_to_file(work_dir)
     with RunRecord(MODULE, step, inputs) as record, staged_directory(step.output) as staging:
         seed_everything(step.seed)

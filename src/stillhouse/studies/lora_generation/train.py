@@ -64,7 +64,8 @@ def main(step: TrainStep) -> None:
     """Train from the newest state of this very run, and put the checkpoints into place."""
     inputs = {name: getattr(step, name) for name in ("model", "adapters", "deltas", "encoder")}
     verify_manifest(step.model)
-    work_dir = step.work / fingerprint(MODULE, step, inputs, exclude=PATHS)
+    precision = resolve_precision(step.run.training.precision)
+    work_dir = step.work / fingerprint(MODULE, step, inputs, exclude=PATHS, precision=precision)
     if process_state().is_main_process:
         log_to_file(work_dir)
     run, seed = step.run, step.seed + step.run.seed_offset

@@ -22,6 +22,7 @@ from stillhouse.evaluation.results_files import typed, write_items, write_part
 from stillhouse.evaluation.teacher_agreement import teacher_states, token_scores
 from stillhouse.models.loading import load_model, load_tokenizer
 from stillhouse.models.output_head import OutputHead, output_head, require_plain_head
+from stillhouse.models.precision import resolve_precision
 from stillhouse.runtime.code_digests import code_digests
 from stillhouse.runtime.commands import run_step
 from stillhouse.runtime.digests import short_digest
@@ -118,7 +119,7 @@ class EvaluationJob:
         self._determined_by = {
             "code": code_digests(MODULE),
             "model": data_digest(step.model),
-            "precision": self.settings.precision,
+            "precision": resolve_precision(self.settings.precision),
             "device": str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu",
         }
 

@@ -16,6 +16,7 @@ from stillhouse.data.packing import Sequence
 from stillhouse.data.prompts import prompt_renderer
 from stillhouse.models.loading import frozen, load_model, load_tokenizer
 from stillhouse.models.output_head import output_head, require_plain_head
+from stillhouse.models.precision import resolve_precision
 from stillhouse.models.prefix import suffix_hidden_states, token_batches
 from stillhouse.models.target_cache import CacheFacts, TeacherTargets, compute_shards, publish_cache
 from stillhouse.runtime.commands import run_step
@@ -56,7 +57,13 @@ def main(step: TeacherStep) -> None:
         by_id = {sequence.example_id: sequence for sequence in sequences}
         ids = list(by_id)
         plan = [ids[start : start + EXAMPLES_PER_SHARD] for start in range(0, len(ids), EXAMPLES_PER_SHARD)]
-        work = step.work / fingerprint(MODULE, step, inputs, {*inputs, "output", "work"})
+        work = step.work / fingerprint(
+            MODULE,
+            step,
+            inputs,
+            exclude={*inputs, "output", "work"},
+            precision=resolve_precision(settings.precision),
+        )
         shards = compute_shards(
             work, plan, lambda wanted: targets(model, [by_id[name] for name in wanted], settings.batch_tokens)
         )

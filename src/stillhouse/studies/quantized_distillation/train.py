@@ -22,6 +22,7 @@ from stillhouse.evaluation.engines.checks import stop_token_ids
 from stillhouse.evaluation.perplexity import sliding_windows, text_tokens
 from stillhouse.models.loading import load_tokenizer
 from stillhouse.models.lora import load_trainable
+from stillhouse.models.precision import resolve_precision
 from stillhouse.models.quantized_lora import fake_quantized
 from stillhouse.runtime.commands import run_step
 from stillhouse.runtime.files import read_json, verify_manifest, write_json, write_manifest
@@ -61,7 +62,8 @@ def main(step: TrainStep) -> None:
     inputs = {"model": step.model, "data": step.data, "text": step.text} | ({"cache": step.cache} if step.cache else {})
     for path in inputs.values():
         verify_manifest(path)
-    work_dir = step.work / fingerprint(MODULE, step, inputs, exclude=PATHS)
+    precision = resolve_precision(step.run.training.precision)
+    work_dir = step.work / fingerprint(MODULE, step, inputs, exclude=PATHS, precision=precision)
     if process_state().is_main_process:
         log_to_file(work_dir)
     run, settings = step.run, step.run.training
