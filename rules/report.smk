@@ -10,6 +10,8 @@ rule results_page:
         "results/results.md",
     log:
         "logs/results_page.log",
+    benchmark:
+        "logs/benchmarks/results_page.jsonl"
     conda:
         "../envs/stillhouse.yaml"
     threads: 1

@@ -64,6 +64,8 @@ def study(**settings) -> dict:
             "'context_distillation.defaults': distillation.top_k (512) is above teacher.cache_top_k (256): "
             "lower K or raise K_max",
         ),
+        (study(condition_settings={"weight 2": {}}), "'context_distillation.condition_settings.weight 2': a name is"),
+        ({"datasets": {"my/set": {"sources": [{"kind": "path", "path": "x"}]}}}, "'datasets.my/set"),
         (study(conditions=["online_v2"]), "unknown condition 'online_v2': did you mean 'online_v1'?"),
         (study(models=["smollm_135m"]), "unknown model 'smollm_135m': did you mean 'smollm2_135m'?"),
         (

@@ -44,6 +44,9 @@ def test_the_tables_agree_with_the_evaluation(tmp_path: Path) -> None:
             assert measurement.finished is not None
             assert float(row["finished"]) == pytest.approx(measurement.finished.value, abs=1e-5)
     assert len(rows(tmp_path / "tables" / "checkpoints.csv")) == 2 * 4
+    for table_name in ("headline", "icl_gap", "paired", "checkpoints"):  # every number has its n
+        for row in rows(tmp_path / "tables" / f"{table_name}.csv"):
+            assert int(row["items"]) >= int(row["answers"]) > 0
     assert [row["shots"] for row in rows(tmp_path / "tables" / "icl_gap.csv")] == ["0", "4", "8"]
     assert {file.suffix for file in (tmp_path / "tables").iterdir()} == {".csv", ".tex", ".md"}
     for file in (tmp_path / "tables").glob("*.tex"):

@@ -68,6 +68,15 @@ def test_the_step_leaves_a_record_and_names_what_was_reserved(tiny_model, task_d
     assert record["examples"] == 8 and record["settings"]["cache"]["context"]["sampling"] == "fixed"
 
 
+@pytest.mark.parametrize(("sampling", "prefixes"), [("fixed", 1), ("grouped", 3), ("per_example", 0)])
+def test_shared_shots_are_read_once_a_group(sampling, prefixes, tiny_model, task_data, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(program, "EXAMPLES_PER_SHARD", 3)
+    read, encode = [], program.encode_prefix
+    monkeypatch.setattr(program, "encode_prefix", lambda model, ids: read.append(tuple(ids)) or encode(model, ids))
+    run(tiny_model, task_data, tmp_path, cache=cache_settings("top_k", CONTEXTS[sampling]))
+    assert len(read) == len(set(read)) == prefixes
+
+
 def test_a_stopped_build_resumes_bit_equal(tiny_model, task_data, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(program, "EXAMPLES_PER_SHARD", 3)
     undisturbed = run(tiny_model, task_data, tmp_path / "undisturbed")

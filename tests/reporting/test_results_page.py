@@ -107,6 +107,12 @@ def test_the_code_state_is_named(tmp_path: Path) -> None:
     assert "Python 3.11.9, torch 2.13.0" in page
 
 
+def test_the_number_format_that_the_device_chose_is_named(tmp_path: Path) -> None:
+    runs = [record(tmp_path / f"{name}.json", training={"precision": name, "steps": 4}) for name in ("bf16", "fp32")]
+    assert "- Trainings computed in bf16, fp32\n" in make(tmp_path, *runs)
+    assert "Trainings computed" not in make(tmp_path, record(tmp_path / "none.json", module="assets.materialise"))
+
+
 def test_the_page_depends_on_its_inputs_alone(tmp_path: Path) -> None:
     records = [record(tmp_path / f"{name}.json", seconds=seconds) for name, seconds in (("a", 1.25), ("b", 2.5))]
     assert make(tmp_path, *records) == make(tmp_path, *reversed(records), records[0])

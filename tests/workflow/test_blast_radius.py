@@ -173,9 +173,15 @@ def configured(*changes: tuple[str, Any]) -> Configuration:
         for name in path:
             place = place[name]
         place[last] = value
+    tracking = {"trackers": [], "project": "stillhouse"} | study.pop("tracking", {})
     gpus = {"evaluation": {"gpus": study["evaluation"]["engine"]["tensor_parallel"]}}
     return Configuration.model_validate(
-        {"studies": ["context_distillation"], "context_distillation": study, "resources": gpus}
+        {
+            "studies": ["context_distillation"],
+            "context_distillation": study,
+            "resources": gpus,
+            "tracking": tracking,
+        }
     )
 
 
@@ -236,6 +242,11 @@ def test_a_setting_reaches_exactly_the_rules_that_read_it(key: str) -> None:
     needed = [NEEDED[key]] if key in NEEDED else []
     before, after = (what_rules_read(configured(*needed, *changes)) for changes in ([], [(key, value)]))
     assert {rule for rule in before if before[rule] != after[rule]} == reached
+
+
+def test_another_tracker_reaches_the_trainings_alone() -> None:
+    before, after = what_rules_read(configured()), what_rules_read(configured(("tracking", {"trackers": ["wandb"]})))
+    assert {rule for rule in before if before[rule] != after[rule]} == EVERY_TRAINING
 
 
 def test_a_module_reaches_exactly_the_rules_that_run_its_code() -> None:

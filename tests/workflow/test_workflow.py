@@ -82,6 +82,14 @@ def test_every_saved_checkpoint_of_every_condition_is_scored_item_by_item(finish
     assert {choice["condition"] for choice in results["selections"]} == set(trained)
 
 
+def test_one_engine_answers_for_all_adapters_of_a_model(finished: Workflow) -> None:
+    log = (finished.directory / "logs/context_distillation/tiny/evaluation.log").read_text()
+    engines = re.findall(r"engine for (\S+): ", log)
+    assert engines.count("resources/models/tiny") == 1
+    # A fully fine-tuned checkpoint is a model of its own.
+    assert sorted(Path(engine).name for engine in engines[1:]) == ["checkpoint-2", "checkpoint-4"]
+
+
 def test_a_second_run_has_nothing_to_do(project: Workflow) -> None:
     assert project.planned() == {}
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from functools import cached_property, wraps
 from typing import Any, TypeVar, cast
 
@@ -28,6 +29,13 @@ class SettingError(ValueError):
     def __init__(self, location: tuple[str | int, ...], message: str) -> None:
         super().__init__(message)
         self.location = location
+
+
+def check_path_names(key: str, names: Iterable[str]) -> None:
+    """Refuse names that folders, wildcards and command lines cannot carry; `key` is where they are given."""
+    for name in names:
+        if not re.fullmatch(r"\w[\w.+-]*", name):
+            raise SettingError((key, name), "a name is letters, digits, '_', '.', '+' and '-', since folders bear it")
 
 
 def remembered(method: Method) -> Method:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from stillhouse.config.base import SettingError, remembered
+from stillhouse.config.base import SettingError, check_path_names, remembered
 from stillhouse.config.layering import merge, nearest, relocated
 from stillhouse.config.sweeps import Sweep, SweepPoint
 
@@ -60,7 +60,8 @@ class ConditionRuns(Generic[Run]):
         return laid_over(self.subject_defaults(subject), ("condition_settings", condition), overrides)
 
     def check_condition_names(self) -> None:
-        """Refuse conditions, named or swept, that are declared nowhere."""
+        """Refuse conditions, named or swept, that are declared nowhere, and names that no folder may have."""
+        check_path_names("condition_settings", self.condition_settings)
         valid = [*self.untrained, *self.condition_settings]
         for name in (*self.conditions, *(sweep.condition for sweep in self.sweeps.values())):
             if name not in valid:

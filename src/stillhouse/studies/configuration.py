@@ -13,7 +13,7 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 
 from stillhouse.config.assets import DatasetEntry, ModelEntry
-from stillhouse.config.base import SettingError, StrictModel
+from stillhouse.config.base import SettingError, StrictModel, check_path_names
 from stillhouse.config.catalogue import DATASETS, MODELS
 from stillhouse.config.layering import Layer, nearest, read_layer, validate
 from stillhouse.config.resources import ResourceSettings
@@ -49,7 +49,9 @@ class Configuration(StrictModel):
 
     @model_validator(mode="after")
     def names_are_in_the_catalogue(self) -> Configuration:
-        """Refuse a study, model or data set that is declared nowhere."""
+        """Refuse a study, model or data set that is declared nowhere, and names that no folder may have."""
+        check_path_names("models", self.models)
+        check_path_names("datasets", self.datasets)
         for study in self.studies:
             if study not in STUDIES:
                 raise SettingError(("studies",), f"unknown study '{study}': {nearest(study, STUDIES, 'studies')}")

@@ -164,7 +164,7 @@ def gap_finding(evaluation: Evaluation) -> str:
     for measure in (GOLD_NLL, STRICT, MARKER):
         one, digits = compare(evaluation, most, zero, measure), 3 if measure.per_token else 1
         unit = "nats per token" if measure.per_token else "points"
-        changes.append(f"{measure.name} by {format_estimate(one.estimate, digits, measure.scale)} {unit}")
+        changes.append(f"{measure.name} by {format_estimate(one.estimate, digits, measure.scale)} {unit} (n = {one.n})")
     return f"`{evaluation.results.model}`: {most.shots} shots change {'; '.join(changes)} (paired, 95 % intervals)."
 
 

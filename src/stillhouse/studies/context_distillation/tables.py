@@ -25,6 +25,8 @@ from stillhouse.studies.context_distillation.comparisons import (
 from stillhouse.studies.context_distillation.figures.checkpoint_curve import chosen_by
 from stillhouse.studies.context_distillation.results import Evaluation, transfer_split
 
+COUNTS = (Column("items", "integer", heading="n (NLL)"), Column("answers", "integer", heading="n (answers)"))
+
 
 def headline_table(evaluations: Sequence[Evaluation]) -> Table:
     """Every condition at its headline checkpoint."""
@@ -56,8 +58,7 @@ def headline_table(evaluations: Sequence[Evaluation]) -> Table:
         Column("flexible", "percent_estimate", 1, "flexible, %"),
         Column("marker", "percent_estimate", 1, "wrote ####, %"),
         Column("finished", "percent_estimate", 1, "finished, %"),
-        Column("items", "integer", heading="n (NLL)"),
-        Column("answers", "integer", heading="n (answers)"),
+        *COUNTS,
     )
     caption = f"Test split, checkpoints chosen by {chosen_by(evaluations[0])}; in brackets 95 % intervals."
     return Table("headline", caption, columns, tuple(rows))
@@ -80,6 +81,8 @@ def gap_table(evaluations: Sequence[Evaluation]) -> Table:
             estimate(one, subject, STRICT),
             estimate(one, subject, MARKER),
             estimate(one, subject, FINISHED),
+            estimate(one, subject, GOLD_NLL).n,
+            estimate(one, subject, STRICT).n,
         )
         for one in evaluations
         for subject in headline(one)
@@ -92,6 +95,7 @@ def gap_table(evaluations: Sequence[Evaluation]) -> Table:
         Column("strict", "percent_estimate", 1, "strict, %"),
         Column("marker", "percent_estimate", 1, "wrote ####, %"),
         Column("finished", "percent_estimate", 1, "finished, %"),
+        *COUNTS,
     )
     return Table("icl_gap", "The base model before any training, by number of shots.", columns, tuple(rows))
 
@@ -115,7 +119,7 @@ def paired_table(pairs: dict[str, dict[Measure, list[Comparison]]]) -> Table:
                 one = found[measure][place]
                 discordant = f"{one.only_subject} : {one.only_baseline}"
                 row += [one.estimate, discordant, adjusted[measure][place]]
-            rows.append(tuple(row))
+            rows.append((*row, nll.n, found[STRICT][place].n))
     columns = (
         Column("model"),
         Column("condition"),
@@ -127,6 +131,7 @@ def paired_table(pairs: dict[str, dict[Measure, list[Comparison]]]) -> Table:
         Column("marker", "percent_estimate", 1, "Δ wrote ####, points"),
         Column("marker_discordant", heading="####, only it : only baseline"),
         Column("marker_p", "p_value", 3, "p (####)"),
+        *COUNTS,
     )
     caption = (
         f"Each condition minus {BASELINE} on the same items. Paired 95 % intervals, unadjusted: bootstrap for NLL, "
@@ -165,7 +170,13 @@ def transfer_table(evaluations: Sequence[Evaluation]) -> Table | None:
 def checkpoint_table(evaluations: Sequence[Evaluation]) -> Table:
     """Every saved step of every student, on the test split."""
     rows: list[tuple[Cell, ...]] = [
-        (one.results.model, subject.condition, step, *(estimate(one, at, m) for m in (GOLD_NLL, STRICT, MARKER)))
+        (
+            one.results.model,
+            subject.condition,
+            step,
+            *(estimate(one, at, m) for m in (GOLD_NLL, STRICT, MARKER)),
+            *(estimate(one, at, m).n for m in (GOLD_NLL, STRICT)),
+        )
         for one in evaluations
         for subject in headline(one)
         if subject.trained
@@ -179,5 +190,6 @@ def checkpoint_table(evaluations: Sequence[Evaluation]) -> Table:
         Column("gold_nll", "estimate", 3, "gold NLL, nats/token"),
         Column("strict", "percent_estimate", 1, "strict, %"),
         Column("marker", "percent_estimate", 1, "wrote ####, %"),
+        *COUNTS,
     )
     return Table("checkpoints", "Every saved checkpoint on the test split.", columns, tuple(rows))
