@@ -35,6 +35,7 @@ def system_facts(condition: str, seed: int, **changed: Any) -> SystemFacts:
             "on_policy_share": float(condition.startswith("on")),
             "lora_rank": 8,
             "checkpoint_step": 20,
+            "selection": "validation_kl",
             "validation_kl": 0.1 * DISTANCES.get(condition, 0.5),
             "largest_logit_difference": 1e-6,
         }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, reduce
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,14 @@ CONFIG = Path(__file__).resolve().parents[2] / "config"
 @cache
 def experiment(name: str) -> QuantizedDistillationConfig:
     """A shipped experiment over the default configuration."""
-    files = (CONFIG / "config.yaml", CONFIG / f"experiments/quantized_{name}.yaml")
-    default, changes = (yaml.safe_load(file.read_text()) for file in files)
-    return load_configuration(merged(default, changes), files, {}).quantized_distillation
+    return layered(CONFIG / f"experiments/quantized_{name}.yaml")
+
+
+def layered(*over: Path) -> QuantizedDistillationConfig:
+    """The study as shipped files over the default configuration make it."""
+    files = (CONFIG / "config.yaml", *over)
+    values = reduce(merged, (yaml.safe_load(file.read_text()) for file in files))
+    return load_configuration(values, files, {}).quantized_distillation
 
 
 @pytest.mark.parametrize(
@@ -161,3 +166,17 @@ def test_the_full_size_sweeps_are_the_published_grids() -> None:
             assert experiment(name).sweeps[sweep].condition == policy
     nvfp4 = experiment("rank_and_format").run_settings(FULL_SIZE, "on_policy_nvfp4")
     assert (nvfp4.format.name, nvfp4.distillation.on_policy_share) == ("nvfp4-emulated", 1)
+
+
+@pytest.mark.parametrize("experiments", [(), ("qwen3_4b",)], ids=["default", "full size"])
+def test_as_published_lora_stands_beside_the_weights_and_the_last_checkpoint_is_deployed(
+    experiments: tuple[str, ...],
+) -> None:
+    files = [CONFIG / f"experiments/quantized_{name}.yaml" for name in experiments]
+    corrected, published = layered(*files), layered(*files, CONFIG / "variants/as_published.yaml")
+    assert (corrected.export.selection, published.export.selection) == ("validation_kl", "last")
+    [model] = published.models
+    for condition in ("off_policy", "on_policy"):
+        before, after = (study.run_settings(model, condition) for study in (corrected, published))
+        assert (before.lora_quantisation, after.lora_quantisation) == ("merged", "beside")
+        assert before.model_copy(update={"lora_quantisation": "beside"}) == after, "nothing else differs"

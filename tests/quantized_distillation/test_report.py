@@ -109,9 +109,40 @@ def test_a_sweep_has_a_table_whose_winner_validation_picks(tmp_path: Path) -> No
     assert float(rows[0]["validation_kl"]) == min(float(row["validation_kl"]) for row in rows)
 
 
+def test_a_corrected_run_says_what_it_does_otherwise_than_published(made: Path) -> None:
+    text = (made / "section.md").read_text()
+    assert "- Students train what is deployed: LoRA lies inside the rounded weights" in text
+    assert "- The checkpoint with the lowest KL to the teacher on validation is deployed;" in text
+    assert "95 % intervals over items and 3 seeds." in text
+    assert "beside every student in figures and tables: `ptq`, `gptq`." in text
+    assert "chosen step has the lowest KL" in text and "is in the table of gaps" in text
+    assert "As published" not in text
+
+
+def test_published_behaviour_is_named_where_a_run_follows_it(tmp_path: Path) -> None:
+    distances = {"teacher": 0.0, "off_policy": 0.5, "on_policy": 0.4}
+    last, beside = {"selection": "last"}, {"placement": "beside", "selection": "last"}
+
+    def section(**facts: dict[str, str]) -> str:
+        made = write_evaluation(tmp_path / "results", distances=distances, facts=facts, seeds=(42,))
+        return make(made, tmp_path)
+
+    as_published = section(off_policy=beside, on_policy=beside)
+    assert as_published.count("**As published:**") == 2
+    assert "**As published:** `off_policy`, `on_policy` learn with LoRA beside the rounded weights" in as_published
+    assert "**As published:** the last checkpoint is deployed" in as_published
+    assert "train what is deployed" not in as_published and "lowest KL to the teacher" not in as_published
+    assert "over items alone: there is one seed" in as_published and "in figures and tables: " not in as_published
+
+    one_beside = section(off_policy=last, on_policy=beside)
+    assert "**As published:** `on_policy` learn with LoRA beside" in one_beside
+    assert "- `off_policy` train what is deployed: " in one_beside
+
+
 def test_a_teacher_alone_makes_a_section_without_findings(tmp_path: Path) -> None:
     text = make(write_evaluation(tmp_path / "results", distances={"teacher": 0.0}), tmp_path)
     assert "`ptq` was not run" in text and "` closed" not in text
+    assert "train what is deployed" not in text and "checkpoint with" not in text and "over items." in text
 
 
 def test_perplexity_is_the_exponential_of_nats_per_token(results: Path, evaluation: QuantizedEvaluation) -> None:

@@ -224,9 +224,14 @@ def sample_note(evaluations: Sequence[QuantizedEvaluation]) -> str:
         tasks = [f"{TASK_NAMES.get(name, name)} {m.items:,}" for (kind, name), m in sizes.items() if kind == "task"]
         name = f"{one.results.model}: " if len(evaluations) > 1 else ""
         notes.append(f"{name}n: {'; '.join([*texts, *([', '.join(tasks)] if tasks else [])])}")
-    seeds = max((len({s.seed for s in one.results.systems if s.trained}) for one in evaluations), default=0)
+    seeds = seed_count(evaluations)
     over = f"items and {seeds} seeds" if seeds > 1 else "items; one seed"
     return f"{'. '.join(notes)}. 95 % intervals over {over}."
+
+
+def seed_count(evaluations: Sequence[QuantizedEvaluation]) -> int:
+    """How many seeds the students have; 0 without students."""
+    return max((len({s.seed for s in one.results.systems if s.trained}) for one in evaluations), default=0)
 
 
 def _seeds(evaluation: QuantizedEvaluation, condition: str, variant: Variant, measure: Measure) -> set[int]:

@@ -8,7 +8,7 @@ the step programs, which receive the resolved leaves; it imports no torch.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 from pydantic import Field, model_validator
 
@@ -19,14 +19,14 @@ from stillhouse.config.references import Reference
 from stillhouse.config.runs import ConditionRuns, Overrides, laid_over
 from stillhouse.config.sweeps import Sweep
 from stillhouse.studies.quantized_distillation.evaluation_settings import BaselineSettings, EvaluationSettings
-from stillhouse.studies.quantized_distillation.run_settings import CacheSettings, RunSettings
+from stillhouse.studies.quantized_distillation.run_settings import CacheSettings, RunSettings, Selection
 
 
 class ExportSettings(StrictModel):
     """Which checkpoint of a student is merged, converted and evaluated."""
 
     selection: Annotated[
-        Literal["validation_kl", "last"],
+        Selection,
         Field(description="The lowest KL to the teacher on validation, or the last one."),
     ] = "validation_kl"
 

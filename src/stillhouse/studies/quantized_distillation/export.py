@@ -7,7 +7,7 @@ logits compared with the fake-quantised model's: `run.json` has the selected ste
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from stillhouse.runtime.errors import UserError
 from stillhouse.runtime.files import staged_directory, verify_manifest, write_manifest
 from stillhouse.runtime.logs import logger
 from stillhouse.runtime.records import RunRecord
+from stillhouse.studies.quantized_distillation.run_settings import Selection
 from stillhouse.training.tracking import METRICS_FILE, read_metrics
 
 MODULE = "stillhouse.studies.quantized_distillation.export"
@@ -37,7 +38,7 @@ class ExportStep(StrictModel):
     student: Path | None = None
     output: Path
     format: WeightFormat
-    selection: Literal["validation_kl", "last"] = "validation_kl"
+    selection: Selection = "validation_kl"
     precision: Precision = "auto"
     trust_remote_code: bool = False
 
@@ -72,7 +73,7 @@ def main(step: ExportStep) -> None:
         logger.info("%s: step %s, logits differ by at most %.2g of their size", step.format.name, selected, difference)
 
 
-def selected_step(student: Path, selection: Literal["validation_kl", "last"]) -> int:
+def selected_step(student: Path, selection: Selection) -> int:
     """The checkpoint to deploy: the lowest KL to the teacher on validation, the earliest of equals; or the last."""
     rows: list[dict[str, Any]] = [row for row in read_metrics(student / METRICS_FILE) if VALIDATION_KL in row]
     if not rows:

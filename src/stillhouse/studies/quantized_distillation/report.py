@@ -5,7 +5,7 @@ Every sentence about an outcome is computed. Links are relative to `results/`, w
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from stillhouse.reporting.steps import ReportStep
 from stillhouse.reporting.tables import Table, format_estimate, write_table
@@ -20,10 +20,11 @@ from stillhouse.studies.quantized_distillation.comparisons import (
     load_evaluations,
     recoverable,
     recovering,
+    seed_count,
     text_measures,
 )
 from stillhouse.studies.quantized_distillation.grids import SWEPT, grid_over
-from stillhouse.studies.quantized_distillation.results import PTQ, TEACHER, QuantizedEvaluation
+from stillhouse.studies.quantized_distillation.results import PTQ, TEACHER, QuantizedEvaluation, SystemFacts
 from stillhouse.studies.quantized_distillation.tables import (
     OFF_POLICY,
     ON_POLICY,
@@ -55,13 +56,21 @@ QUESTION = (
     "or on. `ptq` is rounding to nearest without any training, the baseline that training has to beat; GPTQ and AWQ "
     "round with calibration data, and were never reported by the published project."
 )
-CORRECTIONS = (
-    "What is trained is what is deployed: LoRA lies inside the rounded weights, Q(W + BA), in training too. The "
-    "published training computed Q(W)x + BAx and its evaluation Q(W + BA)x; the table above has what that changes.",
-    "Everything is measured on really converted weights, read back from disk, not on fake-quantised ones.",
-    "The checkpoint is chosen on validation. Differences are paired on the same items and carry intervals over items "
-    "and seeds.",
-    "Baselines that need no training stand beside the students.",
+# By the choice that repeats the published behaviour: what is said of students without it, and of those that have it.
+PLACEMENT = (
+    "train what is deployed: LoRA lies inside the rounded weights, Q(W + BA), in training too. The published training "
+    "computed Q(W)x + BAx and its evaluation Q(W + BA)x.",
+    "learn with LoRA beside the rounded weights, Q(W)x + BAx, and are deployed with it inside, Q(W + BA)x: another "
+    "model than was trained.",
+)
+SELECTION = (
+    "The checkpoint with the lowest KL to the teacher on validation is deployed; the published numbers are of the last "
+    "one.",
+    "**As published:** the last checkpoint is deployed, whatever validation says.",
+)
+CONVERTED = (
+    "Texts, answers and tasks are scored with really converted weights, read back from disk; the published numbers are "
+    "of fake-quantised ones."
 )
 PUBLISHED_POINTS = 0.3
 
@@ -176,7 +185,35 @@ def notes(evaluations: Sequence[QuantizedEvaluation]) -> Iterator[str]:
         yield f"Tasks by lm-evaluation-harness, zero-shot, definitions in version: {versions}."
     window, stride = first.evaluation["window"], first.evaluation["stride"]
     yield f"Perplexity in sliding windows of {window} tokens, {stride} new ones each."
-    yield from CORRECTIONS
+    yield from protocol(evaluations)
+
+
+def protocol(evaluations: Sequence[QuantizedEvaluation]) -> Iterator[str]:
+    """What differs from the published protocol, and where these runs follow it."""
+    systems = [system for one in evaluations for system in one.results.systems]
+    trained = [system for system in systems if system.trained]
+    corrected, published = PLACEMENT
+    if beside := named(system for system in trained if system.placement == "beside"):
+        yield f"**As published:** {beside} {published}"
+    if merged := named(system for system in trained if system.placement == "merged"):
+        yield f"{merged if beside else 'Students'} {corrected}"
+    if any(measured.variant == "beside" for one in evaluations for measured in one.results.measurements):
+        yield "What it changes to move LoRA from beside the weights into them is in the table of gaps."
+    chosen = {system.selection for system in trained}
+    yield from (text for choice, text in zip(("validation_kl", "last"), SELECTION, strict=True) if choice in chosen)
+    yield CONVERTED
+    seeds = seed_count(evaluations)
+    over = {0: "items", 1: "items alone: there is one seed, and no other was tried"}.get(
+        seeds, f"items and {seeds} seeds"
+    )
+    yield f"Differences are paired on the same items and carry 95 % intervals over {over}."
+    if untrained := named(system for system in systems if not system.trained and system.condition != TEACHER):
+        yield f"Not trained, and beside every student in figures and tables: {untrained}."
+
+
+def named(systems: Iterable[SystemFacts]) -> str:
+    """The conditions of these systems, each once."""
+    return ", ".join(f"`{name}`" for name in dict.fromkeys(system.condition for system in systems))
 
 
 if __name__ == "__main__":

@@ -15,8 +15,10 @@ from typing import Any, Literal
 import pandas as pd
 
 from stillhouse.config.base import StrictModel
+from stillhouse.config.quantization import LoraQuantisation
 from stillhouse.evaluation.results_files import Evaluation, Interval, load_evaluation, typed
 from stillhouse.evaluation.statistics import bootstrap_ratio_interval, wilson_interval
+from stillhouse.studies.quantized_distillation.run_settings import Selection
 
 Variant = Literal["deployed", "merged", "beside"]
 Kind = Literal["task", "text", "answers"]
@@ -44,21 +46,23 @@ ITEM_COLUMNS = {
 class SystemFacts(StrictModel):
     """One evaluated model and how it was made.
 
-    seed: 0 for what is not trained. weight_format: None for the teacher. learning_rate to checkpoint_step: of students.
-    validation_kl: KL to the teacher at the chosen checkpoint, on the validation split. largest_logit_difference:
-    between the fake-quantised and the converted model, as a share of the largest logit.
+    seed: 0 for what is not trained. weight_format: None for the teacher. placement to validation_kl: of students.
+    selection: how the checkpoint was chosen. validation_kl: KL to the teacher at that checkpoint, on the validation
+    split. largest_logit_difference: between the fake-quantised and the converted model, as a share of the largest
+    logit.
     """
 
     condition: str
     seed: int
     weight_format: str | None
     weight_bytes: int
-    placement: Literal["merged", "beside"] | None = None
+    placement: LoraQuantisation | None = None
     learning_rate: float | None = None
     beta: float | None = None
     on_policy_share: float | None = None
     lora_rank: int | None = None
     checkpoint_step: int | None = None
+    selection: Selection | None = None
     validation_kl: float | None = None
     largest_logit_difference: float | None = None
 

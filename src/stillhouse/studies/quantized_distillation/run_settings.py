@@ -15,6 +15,8 @@ from stillhouse.config.training import LoraSettings, Precision, ScheduleSettings
 from stillhouse.runtime.digests import short_digest
 
 Share = Annotated[float, Field(ge=0, le=1)]
+# Which of a student's checkpoints is deployed.
+Selection = Literal["validation_kl", "last"]
 
 
 class DistillationSettings(StrictModel):

@@ -76,6 +76,7 @@ class EvaluatedSystem:
                 "on_policy_share": run.distillation.on_policy_share,
                 "lora_rank": run.training.lora.rank,
                 "checkpoint_step": self.record["selected_step"],
+                "selection": self.record["settings"]["selection"],
                 "validation_kl": _validation_kl(self.student, self.record["selected_step"]),
             }
         return SystemFacts(

@@ -95,9 +95,9 @@ def systems_table(evaluations: Sequence[QuantizedEvaluation]) -> Table:
         Column("step", "integer", heading="chosen step"),
         Column("validation_kl", "number", 4, "KL, validation"),
     )
-    caption = (
-        "What was evaluated. The chosen step has the lowest KL to the teacher on validation, unless set otherwise."
-    )
+    last = any(system.selection == "last" for one in evaluations for system in one.results.systems)
+    chosen = "is the last one" if last else "has the lowest KL to the teacher on validation"
+    caption = f"What was evaluated. A student's chosen step {chosen}."
     return Table("systems", caption, columns, tuple(rows))
 
 
