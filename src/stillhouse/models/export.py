@@ -2,7 +2,8 @@
 
 int4 (in the layout that vLLM reads, see docs/protocol.md) and nvfp4 are written as compressed-tensors packs them, nf4
 and fp4 as bitsandbytes does. The numbers are those of `quantization`: codes and scales are computed there, not by the
-packing library, so that the exported model computes what the fake-quantised one did.
+packing library, so that the exported model computes what the fake-quantised one did. Plain transformers computes with
+what is written too; nvfp4 in bf16 alone, to which compressed-tensors unpacks it.
 """
 
 from __future__ import annotations
