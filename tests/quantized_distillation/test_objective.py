@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM
 
 from stillhouse.config.quantization import WeightFormat
 from stillhouse.config.training import LoraSettings
-from stillhouse.data.packing import NO_LABEL, Sequence, pad
+from stillhouse.data.packing import NO_LABEL, Sequence, answer_rows_logits, pad
 from stillhouse.models.lora import add_lora
 from stillhouse.models.output_head import output_head
 from stillhouse.models.quantized_lora import fake_quantized
@@ -22,6 +22,7 @@ from stillhouse.models.target_cache import CacheFacts, compute_shards, publish_c
 from stillhouse.runtime.errors import UserError
 from stillhouse.runtime.records import RunRecord
 from stillhouse.studies.quantized_distillation.batches import StudentData
+from stillhouse.studies.quantized_distillation.divergence import generalized_jsd
 from stillhouse.studies.quantized_distillation.objective import CachedTeacher, GkdObjective
 from stillhouse.studies.quantized_distillation.run_settings import CacheSettings, DistillationSettings, SamplingSettings
 from stillhouse.studies.quantized_distillation.teacher import MODULE, TeacherStep, targets
@@ -93,6 +94,20 @@ def test_loss_and_gradients_equal_the_step_of_trl(beta: float, packing: bool, mo
     torch.testing.assert_close(terms.total / terms.count, loss, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(gradients(ours), gradients(theirs), rtol=1e-3, atol=1e-6)
     assert terms.count == 16
+
+
+def test_the_loss_is_taken_at_its_own_temperature() -> None:
+    model = student()
+    [micro_batch] = StudentData(sequences()).micro_batches(range(3), 1000)
+    with torch.no_grad():
+        learning, teaching = answer_rows_logits(model, micro_batch), answer_rows_logits(tiny_llama(), micro_batch)
+        losses = {
+            temperature: objective(beta=0.5, temperature=temperature)(model, micro_batch, step=1).total
+            for temperature in (1.0, 2.0)
+        }
+    for temperature, loss in losses.items():
+        torch.testing.assert_close(loss, generalized_jsd(learning, teaching, 0.5, temperature).sum())
+    assert losses[2.0] < 0.9 * losses[1.0], "flatter distributions are nearer to each other"
 
 
 def test_lambda_is_the_share_of_steps_that_learn_from_samples() -> None:
