@@ -14,6 +14,7 @@ QUANT_FIGURES = (
     "accuracy",
     "sweep_lr",
     "beta_lambda",
+    "rank_and_format",
     "recovered",
 )
 QUANT_DATA = f"{QUANT_RESULTS}/data/{QUANT.task.dataset}"

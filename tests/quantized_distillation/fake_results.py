@@ -106,7 +106,7 @@ def write_evaluation(
 
 
 def swept(folder: Path) -> Path:
-    """Two policies at three learning rates, and a full grid of beta and lambda, with one seed."""
+    """With one seed: two policies at three learning rates, ranks and formats, and a full grid of beta and lambda."""
     distances, facts = {"teacher": 0.0, "ptq": 1.0}, {}
     for share in (0.0, 1.0):
         for rate, distance in ((1e-5, 0.8), (1e-4, 0.5), (1e-3, 0.9)):
@@ -117,6 +117,11 @@ def swept(folder: Path) -> Path:
                 "on_policy_share": share,
                 "validation_kl": 0.1 * distances[name],
             }
+        for axis, points in (("lora_rank", {4: 0.7, 16: 0.42}), ("weight_format", {"nf4": 0.3, "fp4": 0.6})):
+            for value, distance in points.items():
+                name = f"policy{share:g}+{axis}-{value}"
+                distances[name] = distance + 0.05 * share
+                facts[name] = {axis: value, "on_policy_share": share, "validation_kl": 0.1 * distances[name]}
     for beta in (0.0, 0.5, 1.0):
         for share in (0.0, 0.5, 1.0):
             name = f"grid+beta-{beta:g}+on_policy_share-{share:g}"

@@ -12,11 +12,11 @@ from stillhouse.runtime.commands import parse_settings
 from stillhouse.runtime.errors import UserError
 from stillhouse.studies.quantized_distillation.comparisons import load_evaluations, recoverable, recovering
 from stillhouse.studies.quantized_distillation.curves import read_curve
-from stillhouse.studies.quantized_distillation.figures import CurveStep, accuracy, recovered, sweep_lr
-from stillhouse.studies.quantized_distillation.grids import groups_along, winner
+from stillhouse.studies.quantized_distillation.figures import CurveStep, accuracy, heat_maps, recovered, sweep_lr
+from stillhouse.studies.quantized_distillation.grids import SWEPT, grid_over, groups_along, winner
 from tests.quantized_distillation.fake_results import SEEDS, swept, write_evaluation, write_student
 
-FROM_EVALUATIONS = ("accuracy", "recovered", "sweep_lr", "beta_lambda")
+FROM_EVALUATIONS = ("accuracy", "recovered", "sweep_lr", "beta_lambda", "rank_and_format")
 PACKAGE = "stillhouse.studies.quantized_distillation.figures"
 
 
@@ -90,6 +90,19 @@ def test_a_sweep_is_drawn_apart_from_other_settings_and_its_winner_is_validation
     assert len(grid) == 9
     assert (winner(grid).at("beta"), winner(grid).at("on_policy_share")) == (0.0, 0.5)
     assert "λ = 0: 1e-04; λ = 1: 1e-04" in sweep_lr.title([evaluation])
+
+
+def test_ranks_and_formats_have_maps_by_policy_with_their_winners(sweeps: Path) -> None:
+    [evaluation] = load_evaluations([sweeps])
+    grids = [(axes, grid_over(evaluation, axes) or []) for axes in SWEPT["rank_and_format"]]
+    # The rates' middle point is at the rank and in the format that the others leave alone.
+    ranks, formats = ({cell.at(axes[0]) for cell in group} for axes, group in grids)
+    assert ranks == {4, 8, 16} and formats == {"fp4", "int4-g64", "nf4"}
+    assert all(len(group) == 6 for _, group in grids)
+    assert heat_maps.title(grids) == (
+        "Validation picks LoRA rank = 16, λ = 0 (KL 0.042 nats per token); "
+        "weights = nf4, λ = 0 (KL 0.030 nats per token)"
+    )
 
 
 def test_titles_say_what_came_out(results: Path) -> None:

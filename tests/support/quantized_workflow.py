@@ -11,7 +11,7 @@ from support.workflow import Workflow, make_workflow, merged
 
 CONFIG = "tiny.yaml"
 STUDY = "quantized_distillation"
-FIGURES = ("perplexity_curve", "accuracy", "sweep_lr", "beta_lambda", "recovered")
+FIGURES = ("perplexity_curve", "accuracy", "sweep_lr", "beta_lambda", "rank_and_format", "recovered")
 TINY_STUDY: dict[str, Any] = {
     "models": ["tiny"],
     "conditions": ["teacher", "ptq", "off_policy", "on_policy"],

@@ -12,13 +12,13 @@ from support.workflow import Workflow
 
 STUDY = "src/stillhouse/studies/quantized_distillation"
 REPORT = {"quantized_distillation_report": 1, "results_page": 1}
-AFTER_EVALUATION = {"quantized_distillation_figure": 4, **REPORT}
+AFTER_EVALUATION = {"quantized_distillation_figure": 5, **REPORT}
 AFTER_EXPORT = {"quantized_distillation_evaluate": 1, **AFTER_EVALUATION}
 TRAIN = {
     "quantized_distillation_train": 3,
     "quantized_distillation_export": 3,
     **AFTER_EXPORT,
-    "quantized_distillation_figure": 5,
+    "quantized_distillation_figure": 6,
 }
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("quantized_workflow")]
@@ -86,7 +86,8 @@ def test_a_second_run_has_nothing_to_do_and_a_remark_reruns_nothing(project: Wor
         (f"{STUDY}/figures/accuracy.py", {"quantized_distillation_figure": 1}),
         (f"{STUDY}/curves.py", {"quantized_distillation_figure": 1}),
         (f"{STUDY}/tables.py", REPORT),
-        (f"{STUDY}/comparisons.py", {"quantized_distillation_figure": 5, **REPORT}),
+        (f"{STUDY}/figures/heat_maps.py", {"quantized_distillation_figure": 2}),
+        (f"{STUDY}/comparisons.py", {"quantized_distillation_figure": 6, **REPORT}),
         (f"{STUDY}/evaluate.py", AFTER_EXPORT),
         (f"{STUDY}/baselines.py", {}),
         (f"{STUDY}/validation.py", TRAIN),

@@ -11,8 +11,12 @@ import numpy as np
 from stillhouse.studies.quantized_distillation.results import QuantizedEvaluation, SystemFacts
 
 AXES = ("learning_rate", "beta", "on_policy_share", "lora_rank", "weight_format", "placement")
-# The figures of sweeps, and what varies in each.
-SWEPT = {"sweep_lr": ("learning_rate",), "beta_lambda": ("beta", "on_policy_share")}
+# The figures of sweeps, and what varies in each panel of a model.
+SWEPT: dict[str, tuple[tuple[str, ...], ...]] = {
+    "sweep_lr": (("learning_rate",),),
+    "beta_lambda": (("beta", "on_policy_share"),),
+    "rank_and_format": (("lora_rank", "on_policy_share"), ("weight_format", "on_policy_share")),
+}
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ FIGURES = {
     "accuracy": "Every system on every task",
     "sweep_lr": "Learning rates",
     "beta_lambda": "Beta and lambda",
+    "rank_and_format": "LoRA ranks and weight formats, by policy",
 }
 HEADINGS = {
     "systems": "What was evaluated",
@@ -87,7 +88,8 @@ def main(step: ReportStep) -> None:
 
 def section(evaluations: Sequence[QuantizedEvaluation], tables: Sequence[Table]) -> str:
     """The study's section in Markdown."""
-    drawn = [name for name in FIGURES if name not in SWEPT or any(grid_over(one, SWEPT[name]) for one in evaluations)]
+    swept = {name for name in SWEPT if any(grid_over(one, axes) for one in evaluations for axes in SWEPT[name])}
+    drawn = [name for name in FIGURES if name not in SWEPT or name in swept]
     links = "\n".join(f"![{FIGURES[name]}](figures/quantized_distillation/{name}.png)\n" for name in drawn)
     shown = [part for table in tables for part in (f"### {HEADINGS[table.name]}", folded(table))]
     parts = [
