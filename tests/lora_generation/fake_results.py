@@ -40,6 +40,8 @@ def write_fake_evaluation(
     arms: tuple[str, ...] = ARMS,
     flagged: Sequence[int] = (),
     weight_only: float | None = None,
+    cases: Sequence[int] = CASES,
+    seeds: Sequence[int] = SEEDS,
 ) -> Path:
     """Write results.json and items.parquet; `generated` is that arm's share of right answers.
 
@@ -49,11 +51,11 @@ def write_fake_evaluation(
     rows, measurements = [], []
     for task in TASKS:
         for arm in arms:
-            cases = [None] if arm == "base" else list(CASES)
+            shards = [None] if arm == "base" else list(cases)
             conditions = CONDITIONS if arm == "generated" else (None,)
-            for case in cases:
+            for case in shards:
                 for condition in conditions:
-                    for seed in SEEDS if arm == "generated" else (None,):
+                    for seed in seeds if arm == "generated" else (None,):
                         subject = {
                             "task": task,
                             "arm": arm,
@@ -90,9 +92,10 @@ def write_fake_evaluation(
     results = ModelResults(
         model="tiny",
         model_note="a tiny model",
-        evaluation={"arms": list(arms)},
+        evaluation={"arms": list(arms), "in_context_examples": None, "selection": "validation_loss"},
         condition="multi_task",
         flagged="exclude",
+        loss_tokens="answer",
         probes="generic",
         probe_texts=5,
         tasks=tuple(
@@ -115,16 +118,18 @@ def write_fake_evaluation(
                 weight_kind="delta_w",
                 delta=0.1 if condition == "multi_task" else 0.0,
                 delta_kind="mse",
+                norm=0.1,
                 guided=False,
                 prompts=8,
                 parameters=12345,
                 adapters=3,
+                start="mean",
                 apart_from_losses="0",
             )
             for condition in CONDITIONS
         ),
         selections=tuple(
-            Selection(condition=condition, seed=seed, step=10) for condition in CONDITIONS for seed in SEEDS
+            Selection(condition=condition, seed=seed, step=10) for condition in CONDITIONS for seed in seeds
         ),
         measurements=tuple(measurements),
     )

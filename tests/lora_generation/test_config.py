@@ -123,6 +123,26 @@ def test_the_drag_and_drop_experiment_has_its_own_setting() -> None:
     assert study.teachers.collection == "checkpoints" and study.text.states == "tokens"
 
 
+def test_as_published_follows_the_published_teachers_losses_and_selection() -> None:
+    files = [ROOT / "config.yaml", ROOT / "variants" / "as_published.yaml"]
+    default, own = (yaml.safe_load(file.read_text()) for file in files)
+    study = load_configuration(merge(default, own), files, {}).lora_generation
+    assert (study.teachers.collection, study.teachers.loss_tokens, study.teachers.flagged) == (
+        "checkpoints",
+        "all",
+        "use",
+    )
+    assert study.evaluation.selection == "last"
+    for condition in study.conditions:
+        run = study.run_settings("smollm2_135m", condition)
+        assert (run.generator.start, run.losses.weight_kind) == ("zero", "matrices")
+
+
+def test_every_arm_that_reads_prompts_gets_all_that_the_generator_reads() -> None:
+    for study in (LoraGenerationConfig(), embedded(), experiment("qwen25_05b"), experiment("qwen25_15b")):
+        assert study.evaluation.in_context_examples is None
+
+
 def test_the_engine_counts_only_where_a_task_has_worked_answers() -> None:
     gpus = {"resources": {"evaluation": {"gpus": 2}}, "context_distillation": {"evaluation": {"engine": _TWO}}}
     Configuration.model_validate({"lora_generation": {"tasks": ["piqa", "boolq"]}, **gpus})

@@ -28,7 +28,7 @@ OF_EVALUATION = ("accuracy", "delta_map", "ablation", "cosine")
 
 
 @pytest.mark.parametrize("name", OF_EVALUATION)
-@pytest.mark.parametrize("arms", [ARMS, ("base", "teacher")])
+@pytest.mark.parametrize("arms", [ARMS, ("base", "teacher"), ("base",)])
 def test_a_figure_of_the_evaluation_is_remade_byte_by_byte(tmp_path: Path, name: str, arms: tuple[str, ...]) -> None:
     results = write_fake_evaluation(tmp_path, arms=arms)
     module = importlib.import_module(f"stillhouse.studies.lora_generation.figures.{name}")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -15,12 +17,15 @@ from stillhouse.studies.lora_generation.comparisons import (
     behaviour_pairs,
     compare,
     groups,
+    label,
     load_evaluations,
     nearer,
     sample_note,
     values,
 )
-from stillhouse.studies.lora_generation.report import ReportStep, behaviour, main
+from stillhouse.studies.lora_generation.manifest import AdapterRow
+from stillhouse.studies.lora_generation.report import MISTAKES, ReportStep, behaviour, main, notes, protocol
+from stillhouse.studies.lora_generation.results import Evaluation, ModelResults
 from tests.lora_generation.fake_results import ITEMS, RIGHT, write_fake_evaluation
 
 
@@ -131,6 +136,91 @@ def test_a_flagged_teacher_is_named_where_it_serves_as_upper_bound(tmp_path: Pat
         assert "teacher (1 no better than the base)" in set(table["arm"])
         assert "teacher (upper bound)" not in set(table["arm"])
     assert "4 held-out adapters (2 of them no better than the base)" in sample_note(load_evaluations([results]))
+
+
+def changed(one: Evaluation, generator: dict[str, Any] | None = None, **results: Any) -> Evaluation:
+    """The evaluation with other facts: of its second generator, or of the whole run."""
+    if generator:
+        first, second = one.results.generators
+        results["generators"] = (first, second.model_copy(update=generator))
+    return replace(one, results=one.results.model_copy(update=results))
+
+
+def checkpoints_of_runs(results: ModelResults) -> tuple[AdapterRow, ...]:
+    """The adapters with an earlier step of the first one's run among them."""
+    return (results.adapters[0].model_copy(update={"step": 4}), *results.adapters)
+
+
+FOLLOWED: dict[str, Callable[[Evaluation], Evaluation]] = {
+    "matrices": lambda one: changed(one, {"weight_kind": "matrices"}),
+    "zero": lambda one: changed(one, {"start": "zero"}),
+    "cosine_alone": lambda one: changed(one, {"delta": 1.0, "delta_kind": "cosine", "norm": 0.0}),
+    "checkpoints": lambda one: changed(one, adapters=checkpoints_of_runs(one.results)),
+    "all_tokens": lambda one: changed(one, loss_tokens="all"),
+    "last": lambda one: changed(one, evaluation=one.results.evaluation | {"selection": "last"}),
+}
+
+
+def test_the_corrected_protocol_is_described_as_such(tmp_path: Path) -> None:
+    section = report_of(tmp_path, write_fake_evaluation(tmp_path))
+    assert "As published" not in section
+    for corrected, _ in MISTAKES.values():
+        assert f"- {corrected}\n" in section
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_run_that_follows_the_published_protocol_is_said_to(tmp_path: Path, mistake: str) -> None:
+    [one] = load_evaluations([write_fake_evaluation(tmp_path)])
+    corrected, mistaken = MISTAKES[mistake]
+    sentences = list(protocol([FOLLOWED[mistake](one)]))
+    assert f"**As published:** {mistaken.format('`weight_only`')}" in sentences
+    assert corrected not in sentences
+    assert sum(sentence.startswith("**As published") for sentence in sentences) == 1
+
+
+@pytest.mark.parametrize(
+    "unread",
+    [
+        {"weight": 0.0, "weight_kind": "matrices", "delta": 1.0},
+        {"delta": 0.0, "delta_kind": "cosine", "norm": 0.0},
+        {"delta": 1.0, "delta_kind": "cosine", "norm": 0.1},
+    ],
+)
+def test_what_no_loss_weighs_is_no_mistake(tmp_path: Path, unread: dict[str, Any]) -> None:
+    [one] = load_evaluations([write_fake_evaluation(tmp_path)])
+    assert not any("As published" in sentence for sentence in protocol([changed(one, unread)]))
+
+
+@pytest.mark.parametrize(
+    ("cases", "seeds", "over"),
+    [
+        ((3,), (42,), "items; one held-out adapter a task, one generator seed"),
+        ((3, 4), (42,), "items and 2 held-out adapters a task; one generator seed"),
+        ((3,), (42, 7), "items and 2 generator seeds; one held-out adapter a task"),
+        ((3, 4), (42, 7), "items, 2 held-out adapters a task and 2 generator seeds"),
+    ],
+)
+def test_page_tables_and_figures_say_what_their_intervals_are_over(
+    tmp_path: Path, cases: tuple[int, ...], seeds: tuple[int, ...], over: str
+) -> None:
+    results = write_fake_evaluation(tmp_path, cases=cases, seeds=seeds)
+    section = report_of(tmp_path, results)
+    assert f"a 95 % interval over {over}; comparisons are paired" in section
+    assert section.count(f"95 % intervals over {over}") == 2
+    assert sample_note(load_evaluations([results])).endswith(f"95 % intervals over {over}.")
+
+
+@pytest.mark.parametrize(
+    ("limit", "name", "shown"),
+    [(None, "prompts in context", 8), (9, "prompts in context", 8), (3, "prompts in context (3 of 8)", 3)],
+)
+def test_fewer_prompts_in_context_than_the_generator_reads_are_named(
+    tmp_path: Path, limit: int | None, name: str, shown: int
+) -> None:
+    [one] = load_evaluations([write_fake_evaluation(tmp_path)])
+    one = changed(one, evaluation=one.results.evaluation | {"in_context_examples": limit})
+    assert label(one, ["rivers"], "in_context") == name
+    assert any("reads 8 prompts" in note and f"shows {shown} of these" in note for note in notes(one))
 
 
 def test_arms_are_compared_on_the_same_replicates(tmp_path: Path) -> None:

@@ -154,7 +154,7 @@ def test_adapters_of_a_shared_start_begin_at_the_same_a(trained: Path, tiny_mode
 _SCORING: dict[str, Any] = {"precision": "fp32", "batch_tokens": 500, "score": "acc"}
 
 
-def test_a_shared_collection_has_a_row_for_every_adapter(trained: Path, tiny_model: Path, tmp_path: Path) -> None:
+def test_a_collection_has_a_row_for_every_adapter(trained: Path, tiny_model: Path, tmp_path: Path) -> None:
     collect.main(collect_step(trained, tiny_model, tmp_path / "adapters"))
     rows = read_collection(tmp_path / "adapters")
     assert tuple(row.name for row in rows) == NAMES

@@ -7,6 +7,7 @@ on the same replicates and items.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
@@ -16,7 +17,6 @@ from numpy.typing import NDArray
 
 from stillhouse.evaluation.statistics import (
     Estimate,
-    bootstrap_mean_interval,
     bootstrap_ratio_interval,
     mcnemar,
     paired_difference_over_seeds,
@@ -134,7 +134,7 @@ def values(evaluation: Evaluation, tasks: Sequence[str], arm: Arm, column: str, 
             Subject(
                 task, arm, shard, teacher, facts.condition if generated else None, seed if generated else None, held_out
             )
-            for shard, teacher in (cases if arm != "base" else [(None, None)] * len(cases))
+            for shard, teacher in (cases if arm != "base" else [(None, None)] * max(1, len(cases)))
             for seed in seeds
         ]
         parts.append(
@@ -165,15 +165,14 @@ def gold_nll(evaluation: Evaluation, tasks: Sequence[str], arm: Arm, condition: 
 
 def closeness(
     evaluation: Evaluation, tasks: Sequence[str], arm: Arm, name: str, condition: str | None = None
-) -> Estimate | None:
-    """Cosine, norm ratio or relative error: mean over cases and seeds; None where the arm has no adapter."""
-    found = [
+) -> list[float]:
+    """Cosine, norm ratio or relative error of each case and seed; empty where the arm has no adapter."""
+    return [
         getattr(one.closeness, name)
         for task in tasks
         for one in measurements(evaluation, task, arm, condition)
         if one.closeness
     ]
-    return bootstrap_mean_interval(found) if found else None
 
 
 def seconds(evaluation: Evaluation, tasks: Sequence[str], arm: Arm, condition: str | None = None) -> float | None:
@@ -257,18 +256,51 @@ def weak_teachers(evaluation: Evaluation, tasks: Sequence[str]) -> list[str]:
 def label(evaluation: Evaluation, tasks: Sequence[str], arm: Arm) -> str:
     """An arm's name in a table; the teacher's says where it is no upper bound."""
     weak = weak_teachers(evaluation, tasks) if arm == "teacher" else []
-    return f"teacher ({len(weak)} no better than the base)" if weak else LABELS[arm]
+    return f"teacher ({len(weak)} no better than the base)" if weak else name_of(evaluation, arm)
+
+
+def name_of(evaluation: Evaluation, arm: Arm) -> str:
+    """An arm's name; that of the prompts in context says where they are fewer than the generators read."""
+    read, shown = evaluation.results.generator(evaluation.results.condition).prompts, in_context_examples(evaluation)
+    return LABELS[arm] + (f" ({shown} of {read})" if arm == "in_context" and shown < read else "")
+
+
+def in_context_examples(evaluation: Evaluation) -> int:
+    """How many of the prompts that the headline's generators read stand in the context of that arm."""
+    results = evaluation.results
+    read, limit = results.generator(results.condition).prompts, results.evaluation["in_context_examples"]
+    return min(read, limit) if isinstance(limit, int) else read
 
 
 def sample_note(evaluations: Sequence[Evaluation]) -> str:
-    """The n, the cases and the meaning of the intervals, for a figure's last line."""
-    results = evaluations[0].results
-    counts = sorted({task.items for task in results.tasks})
-    cases = {(m.task, m.shard, m.teacher_seed) for m in results.measurements if m.shard is not None}
-    seeds = {s.seed for s in results.selections}
-    weak = weak_teachers(evaluations[0], names(evaluations[0]))
-    of_them = f" ({len(weak)} of them no better than the base)" if weak else ""
-    return (
-        f"n = {'/'.join(map(str, counts))} test items a task, {len(cases)} held-out adapters{of_them}, "
-        f"{len(seeds)} generator seed{'s' * (len(seeds) > 1)}. 95 % intervals over items, cases and seeds."
-    )
+    """The n, the held-out adapters and the meaning of the intervals, for a figure's last line."""
+    notes = []
+    for one in evaluations:
+        counts = sorted({task.items for task in one.results.tasks})
+        cases = sum(cases_of_a_task(one).values())
+        weak = weak_teachers(one, names(one))
+        of_them = f" ({len(weak)} of them no better than the base)" if weak else ""
+        name = f"{one.results.model}: " if len(evaluations) > 1 else ""
+        notes.append(
+            f"{name}n = {'/'.join(map(str, counts))} test items a task, {cases} held-out adapter{'s' * (cases > 1)}"
+            f"{of_them}"
+        )
+    return f"{'; '.join(notes)}. 95 % intervals over {resampled(evaluations)}."
+
+
+def resampled(evaluations: Sequence[Evaluation]) -> str:
+    """What the intervals of scores are over, and of what there is but one: items, held-out adapters, seeds."""
+    cases = max((count for one in evaluations for count in cases_of_a_task(one).values()), default=0)
+    seeds = max(len({s.seed for s in one.results.selections}) for one in evaluations)
+    counts = {"held-out adapter": (cases, " a task"), "generator seed": (seeds, "")}
+    several = [f"{count} {what}s{of}" for what, (count, of) in counts.items() if count > 1]
+    alone = [f"one {what}{of}" for what, (count, of) in counts.items() if count == 1]
+    over = ["items", *several]
+    listed = " and ".join([", ".join(over[:-1]), over[-1]] if several else over)
+    return "; ".join([listed, *([", ".join(alone)] if alone else [])])
+
+
+def cases_of_a_task(evaluation: Evaluation) -> Counter[str]:
+    """How many held-out adapters each task has."""
+    found = {(m.task, m.shard, m.teacher_seed) for m in evaluation.results.measurements if m.shard is not None}
+    return Counter(task for task, _, _ in found)

@@ -65,8 +65,9 @@ class EvaluationSettings(StrictModel):
     batch_tokens: Annotated[int, Field(ge=16, description="Token budget of one scoring pass.")] = 8192
     seed: Annotated[int, Field(description="Draws the adapter of another task, and orders the few prompts.")] = 42
     in_context_examples: Annotated[
-        int | None, Field(ge=1, description="Solved prompts of the in-context arm; null: all that the generator reads.")
-    ] = 8
+        int | None,
+        Field(ge=1, description="Solved prompts of the in-context arm; null: all that the headline's generators read."),
+    ] = None
     few_prompt_steps: Annotated[
         int | None, Field(ge=1, description="Updates of the LoRA that is trained on the prompts; null: as teachers.")
     ] = None
@@ -252,7 +253,6 @@ EMBEDDED: Overrides = {
         "selection": "last",
         "test_items": 20,
         "batch_tokens": 1024,
-        "in_context_examples": 4,
         "few_prompt_steps": 4,
     },
 }

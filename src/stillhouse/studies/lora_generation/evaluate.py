@@ -105,6 +105,7 @@ def main(step: EvaluateStep) -> None:
             evaluation=step.evaluation.model_dump(mode="json"),
             condition=step.evaluation.condition,
             flagged=step.shards.flagged,
+            loss_tokens=step.loss_tokens,
             probes=cache.probes.kind,
             probe_texts=len(cache.probes.texts),
             tasks=tuple(job.task_facts()),
@@ -251,10 +252,12 @@ class EvaluationJob:
                 weight_kind=run.losses.weight_kind,
                 delta=run.losses.delta,
                 delta_kind=run.losses.delta_kind,
+                norm=run.losses.norm,
                 guided=run.losses.guided,
                 prompts=run.generator.prompts,
                 parameters=record["parameters"],
                 adapters=len(record["adapters"]),
+                start=run.generator.start,
                 apart_from_losses=short_digest(run.model_dump(mode="json", exclude={"losses"})),
             )
 

@@ -129,10 +129,12 @@ class GeneratorFacts(StrictModel):
     weight_kind: str
     delta: float
     delta_kind: str
+    norm: float
     guided: bool
     prompts: int
     parameters: int
     adapters: int
+    start: str
     apart_from_losses: str
 
 
@@ -144,6 +146,7 @@ class ModelResults(StrictModel):
     evaluation: dict[str, object]
     condition: str
     flagged: str  # what became of adapters that are no better than the base: exclude or use
+    loss_tokens: str  # what teachers learn: answer or all
     probes: str
     probe_texts: int
     tasks: tuple[TaskFacts, ...]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from statistics import fmean
 
 from stillhouse.evaluation.statistics import holm
 from stillhouse.reporting.tables import Cell, Column, Table
@@ -16,6 +17,7 @@ from stillhouse.studies.lora_generation.comparisons import (
     groups,
     label,
     names,
+    resampled,
     seconds,
 )
 from stillhouse.studies.lora_generation.config import Arm
@@ -57,9 +59,9 @@ def arms_table(evaluations: Sequence[Evaluation]) -> Table:
         Column("seconds", "number", 2, "s per adapter"),
     )
     caption = (
-        "Test items; in brackets 95 % intervals. Gold NLL: of the right answers. Seconds: from prompts to an adapter, "
-        "training included where there is any; a teacher's share of the training of its shards. The norm ratio and the "
-        "cosine compare delta activations with those of the case's teacher."
+        f"Test items; in brackets 95 % intervals over {resampled(evaluations)}. Gold NLL: of the right answers. "
+        "Seconds: from prompts to an adapter, training included where there is any; a teacher's share of the training "
+        "of its shards. The norm ratio and the cosine compare delta activations with those of the case's teacher."
     )
     return Table("arms", caption, columns, tuple(rows))
 
@@ -85,8 +87,9 @@ def paired_table(evaluations: Sequence[Evaluation]) -> Table:
         Column("items", "integer", heading="n"),
     )
     caption = (
-        "Each condition's generated adapters minus each arm on the same items, tasks pooled: 95 % intervals, "
-        "unadjusted; p Holm-adjusted over the arms of a condition and group. A lower NLL is better."
+        "Each condition's generated adapters minus each arm on the same items, tasks pooled: 95 % intervals over "
+        f"{resampled(evaluations)}, unadjusted; p Holm-adjusted over the arms of a condition and group. A lower NLL is "
+        "better."
     )
     return Table("paired", caption, columns, tuple(rows))
 
@@ -115,7 +118,10 @@ def ablation_table(evaluations: Sequence[Evaluation]) -> Table:
         Column("gold_nll", "estimate", 3, "gold NLL, nats/token"),
         *CLOSENESS,
     )
-    caption = "Every generator on what it has never seen; weights of the loss, and the delta activations it is led to."
+    caption = (
+        "Every generator on what it has never seen; weights of the loss, and the delta activations it is led to. "
+        f"Intervals are over {resampled(evaluations)}; nearness is a mean over held-out adapters and seeds."
+    )
     return Table("ablation", caption, columns, tuple(rows))
 
 
@@ -167,7 +173,7 @@ def generated_groups(evaluations: Sequence[Evaluation]) -> Iterator[tuple[Evalua
 def nearness(one: Evaluation, tasks: Sequence[str], arm: Arm, condition: str | None = None) -> list[Cell]:
     """The means of `CLOSENESS` over cases and seeds, and how many there are."""
     found = [closeness(one, tasks, arm, column.name, condition) for column in CLOSENESS[:-1]]
-    return [*(estimate and estimate.value for estimate in found), found[0] and found[0].n]
+    return [*(fmean(values) if values else None for values in found), len(found[0]) or None]
 
 
 def _silhouettes(one: Evaluation) -> tuple[Cell, Cell]:

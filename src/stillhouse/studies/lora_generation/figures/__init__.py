@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated
 
+from matplotlib.axes import Axes
 from pydantic import Field
 
 from stillhouse.config.base import StrictModel
@@ -51,3 +53,10 @@ def named_styles(names: Sequence[str]) -> dict[str, ConditionStyle]:
         name: ConditionStyle(_COLOURS[place % len(_COLOURS)], _MARKERS[place % len(_MARKERS)])
         for place, name in enumerate(dict.fromkeys(names))
     }
+
+
+def draw_values(axes: Axes, place: int, values: Sequence[float], style: ConditionStyle) -> None:
+    """A pale point for each held-out adapter and seed, and a dark one for their mean; nothing where there is none."""
+    if values:
+        axes.scatter(values, [place] * len(values), color=style.colour, marker=style.marker, s=18, alpha=0.35)
+        axes.scatter([fmean(values)], [place], color=style.colour, marker=style.marker, s=46)

@@ -12,13 +12,13 @@ from stillhouse.reporting.tables import format_estimate
 from stillhouse.runtime.commands import run_step
 from stillhouse.studies.lora_generation.comparisons import (
     GROUPS,
-    LABELS,
     accuracy,
     arms,
     compare,
     gold_nll,
     groups,
     load_evaluations,
+    name_of,
     sample_note,
 )
 from stillhouse.studies.lora_generation.config import Arm
@@ -38,6 +38,7 @@ def main(step: FigureStep) -> None:
             scored = arms(one, [task])
             draw_arms(above, places, {arm: accuracy(one, [task], arm) for arm in scored}, 100)
             draw_arms(below, places, {arm: gold_nll(one, [task], arm) for arm in scored}, 1)
+            above.set_yticks(range(len(places)), [name_of(one, arm) for arm in places])
             model = f"{one.results.model}, " if len(evaluations) > 1 else ""
             above.set_title(f"{model}{task}\n({GROUPS[group].removesuffix('s')})", fontsize=9)
             above.set_xlabel("Accuracy (%)")
@@ -64,7 +65,6 @@ def draw_arms(axes: Axes, places: Sequence[Arm], found: Mapping[Arm, Interval], 
         )
         if arm == "base":
             axes.axvline(scale * value.value, color=style.colour, linewidth=0.8, linestyle="--", zorder=0)
-    axes.set_yticks(range(len(places)), [LABELS[arm] for arm in places])
     axes.set_ylim(len(places) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
 

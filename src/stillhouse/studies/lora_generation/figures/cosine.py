@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import fmean
 
 from matplotlib.axes import Axes
 
@@ -12,14 +13,14 @@ from stillhouse.runtime.commands import run_step
 from stillhouse.studies.lora_generation.comparisons import (
     GROUPS,
     LABELS,
+    cases_of_a_task,
     closeness,
     groups,
     load_evaluations,
-    measurements,
     weak_teachers,
 )
 from stillhouse.studies.lora_generation.config import Arm
-from stillhouse.studies.lora_generation.figures import ARM_STYLES
+from stillhouse.studies.lora_generation.figures import ARM_STYLES, draw_values
 from stillhouse.studies.lora_generation.results import Evaluation
 
 PANELS = {
@@ -30,7 +31,7 @@ PANELS = {
 
 
 def main(step: FigureStep) -> None:
-    """Draw a row per model and group, a panel per measure: a point per case, the mean as a bar."""
+    """Draw a row per model and group, a panel per measure."""
     evaluations = load_evaluations(step.results)
     rows = [(one, group, tasks) for one in evaluations for group, tasks in groups(one).items()]
     drawn = [arm for arm in ARM_STYLES if any(closeness(one, tasks, arm, "cosine") for one, _, tasks in rows)]
@@ -46,11 +47,11 @@ def main(step: FigureStep) -> None:
                 draw_arms(axes, one, tasks, drawn, name)
                 axes.set_xlabel(label)
             line[0].set_title(f"{one.results.model}, {GROUPS[group]}", loc="left", fontsize=9, fontweight="bold")
-        cases = sum(len(tasks) for _, _, tasks in rows)
+        cases = sum(sum(cases_of_a_task(one).values()) for one in evaluations)
         weak = sum(len(weak_teachers(one, tasks)) for one, _, tasks in rows)
         note = (
-            f"A pale point: one case and seed ({cases} tasks); a dark one: their mean. Dashed: the teacher itself. An "
-            "adapter with no effect has norm ratio 0 and error 1."
+            f"A pale point: one held-out adapter ({cases} in all) and seed; a dark one: their mean. Dashed: the "
+            "teacher itself. An adapter with no effect has norm ratio 0 and error 1."
             + (f" {weak} of the teachers are no better than the base." if weak else "")
         )
         draw_frame(drawing, message(evaluations), note)
@@ -60,16 +61,7 @@ def main(step: FigureStep) -> None:
 def draw_arms(axes: Axes, one: Evaluation, tasks: Sequence[str], drawn: Sequence[Arm], name: str) -> None:
     """One measure of every arm that has an adapter of its own."""
     for place, arm in enumerate(drawn):
-        found = [
-            getattr(m.closeness, name)
-            for task in tasks
-            for m in measurements(one, task, arm)
-            if m.closeness is not None
-        ]
-        if found:
-            style = ARM_STYLES[arm]
-            axes.scatter(found, [place] * len(found), color=style.colour, marker=style.marker, s=18, alpha=0.35)
-            axes.scatter([sum(found) / len(found)], [place], color=style.colour, marker=style.marker, s=46)
+        draw_values(axes, place, closeness(one, tasks, arm, name), ARM_STYLES[arm])
     axes.set_yticks(range(len(drawn)), [LABELS[arm] for arm in drawn])
     axes.set_ylim(len(drawn) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
@@ -82,7 +74,7 @@ def message(evaluations: Sequence[Evaluation]) -> str:
         for group, tasks in groups(one).items():
             pair = [closeness(one, tasks, arm, "cosine") for arm in ("generated", "nearest_adapter")]
             if pair[0] and pair[1]:
-                own, other = (f"{value.value:.2f}" for value in pair if value)
+                own, other = (f"{fmean(values):.2f}" for values in pair)
                 parts.append(f"{GROUPS[group]} {own} against {other}")
     if not parts:
         return "Nearness of adapters to the teacher of their case"
