@@ -1,8 +1,9 @@
 """The two decoders: from prompt embeddings [batch, prompts, vectors, width] to standardised weight tokens.
 
-Both give tokens [batch, tokens, rows, columns] whose every value depends on parameters of its own in the last layer: no
-pattern is repeated over a matrix, so that any one adapter can be met exactly. What stands in place of padding means
-nothing.
+Both give tokens [batch, tokens, rows, columns]. No pattern is repeated over a matrix, so that any one adapter can be
+met; a test has the error. Many at once are another matter: layers share the compact decoder's heads, so that all its
+matrices of one kind span `width` + 1 dimensions at most, and the tokens of a cascade share their kernels. What stands
+in place of padding means nothing.
 """
 
 from __future__ import annotations
