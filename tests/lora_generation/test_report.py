@@ -205,8 +205,9 @@ def test_page_tables_and_figures_say_what_their_intervals_are_over(
 ) -> None:
     results = write_fake_evaluation(tmp_path, cases=cases, seeds=seeds)
     section = report_of(tmp_path, results)
-    assert f"a 95 % interval over {over}; comparisons are paired" in section
-    assert section.count(f"95 % intervals over {over}") == 2
+    assert f"a 95 % interval over {over}. Comparisons are paired" in section
+    assert section.count(f"95 % intervals over {over}.") == 2
+    assert f"95 % intervals, unadjusted, over {over}." in section
     assert sample_note(load_evaluations([results])).endswith(f"95 % intervals over {over}.")
 
 

@@ -44,7 +44,10 @@ def project(finished_study: Workflow) -> Iterator[Workflow]:
 
 def test_teachers_generators_arms_and_the_report_are_made_from_nothing(finished_study: Workflow) -> None:
     results = finished_study.directory / "results"
-    assert "### Do generated adapters beat retrieval?" in (results / "results.md").read_text()
+    page = (results / "results.md").read_text()
+    assert "### Do generated adapters beat retrieval?" in page
+    assert "prompts in context (1 of 2)" in page
+    assert "95 % interval over items; one held-out adapter a task, one generator seed." in page
     for figure in FIGURES:
         for suffix in ("png", "svg"):
             assert (results / f"figures/lora_generation/{figure}.{suffix}").stat().st_size > 1000

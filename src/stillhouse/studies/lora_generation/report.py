@@ -59,17 +59,17 @@ MISTAKES = {
     "matrices": (
         "Where weights are in the loss, they are compared as B A alpha/r: two adapters that differ in their factors "
         "alone are equal.",
-        "{} learn from the squared error of standardised A and B, to which another factorisation of the same adapter "
-        "is an error; the tables' error of ΔW is that of B A alpha/r all the same.",
+        "generators of {} learn from the squared error of standardised A and B, to which another factorisation of the "
+        "same adapter is an error; the tables' error of ΔW is that of B A alpha/r all the same.",
     ),
     "zero": (
         "Generators give deviations from the mean of the adapters that they learn from.",
-        "{} begin at no adapter at all, and learn what all adapters have in common.",
+        "generators of {} begin at no adapter at all, and learn what all adapters have in common.",
     ),
     "cosine_alone": (
         "Where delta activations are in the loss, their size is too: by the cosine alone, an adapter of any size would "
         "do.",
-        "{} learn from the cosine of delta activations alone, by which an adapter of any size would do.",
+        "generators of {} learn from the cosine of delta activations alone, by which an adapter of any size would do.",
     ),
     "checkpoints": (
         "Each teacher adapter is the end of a run on its own shard or with its own seed.",
@@ -227,7 +227,7 @@ def protocol(evaluations: Sequence[Evaluation]) -> Iterator[str]:
         else:
             yield corrected
     yield (
-        f"Every score has its n and a 95 % interval over {resampled(evaluations)}; comparisons are paired on the same "
+        f"Every score has its n and a 95 % interval over {resampled(evaluations)}. Comparisons are paired on the same "
         "items, p-values adjusted for their number."
     )
 

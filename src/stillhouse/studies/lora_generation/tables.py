@@ -87,9 +87,9 @@ def paired_table(evaluations: Sequence[Evaluation]) -> Table:
         Column("items", "integer", heading="n"),
     )
     caption = (
-        "Each condition's generated adapters minus each arm on the same items, tasks pooled: 95 % intervals over "
-        f"{resampled(evaluations)}, unadjusted; p Holm-adjusted over the arms of a condition and group. A lower NLL is "
-        "better."
+        "Each condition's generated adapters minus each arm on the same items, tasks pooled. 95 % intervals, "
+        f"unadjusted, over {resampled(evaluations)}. p Holm-adjusted over the arms of a condition and group. A lower "
+        "NLL is better."
     )
     return Table("paired", caption, columns, tuple(rows))
 
@@ -120,7 +120,7 @@ def ablation_table(evaluations: Sequence[Evaluation]) -> Table:
     )
     caption = (
         "Every generator on what it has never seen; weights of the loss, and the delta activations it is led to. "
-        f"Intervals are over {resampled(evaluations)}; nearness is a mean over held-out adapters and seeds."
+        f"95 % intervals over {resampled(evaluations)}. Nearness is a mean over held-out adapters and seeds."
     )
     return Table("ablation", caption, columns, tuple(rows))
 
