@@ -135,10 +135,10 @@ def anchor(heading: str) -> str:
 def costs(records: Sequence[Record], price: float, currency: str) -> str:
     """Time, memory and cost by stage, the hardware and the versions behind all results."""
     table = cost_table(records, price, currency).to_markdown()
-    formats = joined([record.training.precision for record in records if record.training])
+    formats = [record.training.precision for record in records if record.training]
     facts = [
         f"- Hardware: {joined([device for record in records for device in record.devices])}",
-        *([f"- Trainings computed in {formats}"] if formats else []),
+        *([f"- Trainings computed in {joined(formats)}"] if formats else []),
         f"- Code: {joined([describe_git(record.git) for record in records])}",
         f"- Packages: {joined([f'Python {r.python}' for r in records])}, {joined(package_names(records))}",
     ]
