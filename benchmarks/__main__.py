@@ -2,6 +2,7 @@
 
     python -m benchmarks [only=[context_step,top_k,workflow]] [rounds=7] [results=DIRECTORY] [page=README.md]
 
+Without `only` everything is run but what is on request (`catalogue.ON_REQUEST`), and the command's own time is kept.
 What is run replaces its own entry; the rest of the file stays as it was. A form that computes something else than the
 naive one ends the program before anything of its benchmark is timed.
 """
@@ -9,6 +10,7 @@ naive one ends the program before anything of its benchmark is timed.
 from __future__ import annotations
 
 import difflib
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -17,10 +19,11 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+import psutil
 import transformers
 from pydantic import Field
 
-from benchmarks.catalogue import MEASURED
+from benchmarks.catalogue import MEASURED, ON_REQUEST
 from benchmarks.dag_scale import measure_workflow
 from benchmarks.harness import measure
 from benchmarks.instruments import describe
@@ -28,7 +31,6 @@ from benchmarks.page import write_page
 from benchmarks.results import DIRECTORY, Device, Results, read_results
 from benchmarks.scale import GPU, PROCESSOR, Scale
 from benchmarks.scaling import SERIES, measure_series
-from benchmarks.weighed import ON_REQUEST
 from stillhouse.config.base import StrictModel
 from stillhouse.models.precision import default_device
 from stillhouse.runtime.commands import run_step
@@ -52,6 +54,8 @@ def main(run: Run) -> None:
 
 def measure_parts(run: Run, scale: Scale) -> None:
     """Measure, and write after each part, so that what a stopped run finished is kept."""
+    # Programs that are started keep what they compile, as by default: each start would take seconds more otherwise.
+    os.environ["PYTHONDONTWRITEBYTECODE"] = ""
     transformers.utils.logging.disable_progress_bar()
     scale = replace(scale, rounds=run.rounds or scale.rounds)
     device = describe(default_device(), scale.precision)
@@ -69,6 +73,8 @@ def measure_parts(run: Run, scale: Scale) -> None:
             took = time.monotonic() - started
             keep(run.results, device, section, name, result, took)
             logger.info("%s: measured in %.0f s", name, took)
+    if not run.only:
+        keep_whole(run.results, device, time.time() - psutil.Process().create_time())
     write_page(run.results, run.page)
 
 
@@ -83,11 +89,21 @@ def chosen(only: tuple[str, ...], known: tuple[str, ...]) -> tuple[str, ...]:
 
 def keep(directory: Path, device: Device, section: str, name: str, result: Any, took: float) -> None:
     """Put one result, and the seconds that it took, into the device's file."""
-    earlier = next((found for found in read_results(directory) if found.device.slug == device.slug), None)
-    results = earlier or Results(device=device)
+    results = results_of(directory, device)
     entry = result if section == "workflow" else {**getattr(results, section), name: result}
     took_by_part = {**results.took, name: took}
     results.model_copy(update={"device": device, "took": took_by_part, section: entry}).write(directory)
+
+
+def keep_whole(directory: Path, device: Device, seconds: float) -> None:
+    """Put the time of a command that ran everything into the device's file."""
+    results_of(directory, device).model_copy(update={"whole_seconds": seconds}).write(directory)
+
+
+def results_of(directory: Path, device: Device) -> Results:
+    """The device's results so far."""
+    earlier = next((found for found in read_results(directory) if found.device.slug == device.slug), None)
+    return earlier or Results(device=device)
 
 
 if __name__ == "__main__":

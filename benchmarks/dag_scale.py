@@ -1,14 +1,16 @@
 """How long the workflow takes to look at its DAG: dry run, one figure, and a real run that finds nothing to do; time,
 memory, growth.
 
-The default configuration first, then a study of 6 models, 20 conditions, 5 seeds and a sweep of so many points over
-each condition: 16 points make 10,200 trainings. Nothing is trained: for the no-op run every output is an empty
+The default configuration first, then all five studies with 6 models, 20 conditions, and more and more seeds and points
+of a sweep over each condition, up to over 10,000 jobs. Nothing is trained: for the no-op run every output is an empty
 stand-in whose record (settings, code) is the one that a real run leaves, so that each staleness check is really made.
-A job that started nevertheless would fail at once, on empty inputs.
+A job that started nevertheless would fail at once, on empty inputs. The floor of a no-op run is snakemake's own start,
+on a Snakefile of one rule whose input is there.
 """
 
 from __future__ import annotations
 
+import compileall
 import json
 import os
 import re
@@ -20,7 +22,7 @@ import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -38,58 +40,94 @@ MEASURED = (
     "json.dump([status, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024], open(sys.argv[1], 'w'))"
 )
 PARTS = ("Snakefile", "rules", "src", "workflow_scripts", "config", "envs", "profiles", "docs/captions")
-MODELS, CONDITIONS, SEEDS = 6, 20, 5
-SIZES = (0, 16)
+MODELS, CONDITIONS = 6, 20
 # At the default configuration without a job to do, where seconds matter; the median counts.
 LOOKS = 3
-# Of a study that does not grow: its own jobs alone are to be looked at, however many others there are.
-FIGURE = "results/figures/consistency_lens/losses.png"
+# Its study is as in the default configuration, whatever the others are: only its own jobs are to be looked at.
+FIGURE, FIGURE_STUDY = "results/figures/consistency_lens/losses.png", "consistency_lens"
 
 
-def measure_workflow(sizes: Sequence[int] = SIZES) -> WorkflowResult:
-    """The default configuration, and one with a sweep of each number of points."""
+class Size(NamedTuple):
+    """How much there is of each study beside its models and conditions. points: of the sweep over a condition."""
+
+    seeds: int
+    points: int
+
+
+SIZES = (Size(1, 0), Size(2, 1), Size(5, 2))
+
+
+def measure_workflow(sizes: Sequence[Size] = SIZES) -> WorkflowResult:
+    """Snakemake's own start, the default configuration, and each size."""
     return WorkflowResult(
         measured=datetime.now(UTC).replace(microsecond=0),
+        start=measure_start(),
         default=measure(None),
-        sizes=tuple(measure(points) for points in sizes),
+        sizes=tuple(measure(size) for size in sizes),
     )
 
 
-def measure(points: int | None) -> dict[str, CommandResult]:
-    """Dry run, dry run of one figure and no-op run of one size; None is the default configuration."""
+def measure_start() -> CommandResult:
+    """What Python and snakemake take of each command. The first look may compile what it imports: it does not count."""
+    with tempfile.TemporaryDirectory() as folder:
+        directory = Path(folder)
+        (directory / "Snakefile").write_text("rule all:\n    input: 'scale.yaml'\n")
+        (directory / "scale.yaml").write_text("{}")
+        return median([snakemake(directory)[0] for _ in range(1 + LOOKS)][1:])
+
+
+def median(looks: Sequence[CommandResult]) -> CommandResult:
+    """The look of middle duration."""
+    return sorted(looks, key=lambda look: look.seconds)[len(looks) // 2]
+
+
+def measure(size: Size | None) -> dict[str, CommandResult]:
+    """Dry run, dry run of one figure and no-op run of one size; None: the default configuration."""
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder) / "project"
-        make_project(directory, points)
+        make_project(directory, size)
         dry_run, planned = snakemake(directory, "-n")
-        one_figure, _ = snakemake(directory, "-n", FIGURE)
+        one_figure, _ = snakemake(directory, "-n", FIGURE, settings="figure.yaml")
         stand_in_outputs(directory, planned)
-        looks = [snakemake(directory)[0] for _ in range(LOOKS if points is None else 1)]
-        no_op = sorted(looks, key=lambda look: look.seconds)[len(looks) // 2]
+        no_op = median([snakemake(directory)[0] for _ in range(LOOKS if size is None else 1)])
         if no_op.jobs:
             raise SystemExit(f"{no_op.jobs} jobs reran although nothing changed")
     return {"dry run": dry_run, "one figure": one_figure, "no-op": no_op}
 
 
-def configuration(points: int) -> dict[str, Any]:
-    """A study of 6 models x 20 conditions x 5 seeds, with a sweep of `points` learning rates over each condition."""
+def configuration(size: Size) -> dict[str, Any]:
+    """Every study with 6 models (LatentWire: 6 pairs) x 20 conditions x seeds, and a sweep over each condition."""
     source = {"format": "transformers", "licence": "none", "sources": [{"kind": "path", "path": "assets/model"}]}
-    conditions = {f"condition_{number}": {"distillation": {"weight": 0.1 * number}} for number in range(CONDITIONS)}
-    rates = [1e-5 * (point + 1) for point in range(points)]
-    return {
-        "models": {f"model_{number}": source for number in range(MODELS)},
-        "context_distillation": {
-            "models": [f"model_{number}" for number in range(MODELS)],
-            "conditions": ["base_zero_shot", "base_few_shot", *conditions],
-            "condition_settings": conditions,
-            "seeds": list(range(SEEDS)),
-            "sweeps": {
-                name: {"condition": name, "axes": {"training.learning_rate": rates}} for name in conditions if points
-            },
+    models = [f"model_{number}" for number in range(MODELS)]
+    pairs = {f"pair_{number}": {"models": [models[number - 1], models[number]]} for number in range(MODELS)}
+    conditions = {
+        f"condition_{number}": {"training": {"weight_decay": 0.01 * (number + 1)}} for number in range(CONDITIONS)
+    }
+    rates = [1e-5 * (point + 1) for point in range(size.points)]
+    runs: dict[str, Any] = {
+        "condition_settings": conditions,
+        "conditions": list(conditions),
+        "seeds": list(range(size.seeds)),
+        "sweeps": {
+            name: {"condition": name, "axes": {"training.learning_rate": rates}} for name in conditions if rates
         },
+    }
+    scored = {"evaluation": {"condition": "condition_0"}}
+    return {
+        "models": dict.fromkeys(models, source),
+        "context_distillation": {
+            **runs,
+            "models": models,
+            "conditions": ["base_zero_shot", "base_few_shot", *conditions],
+        },
+        "quantized_distillation": {**runs, "models": models, "conditions": ["teacher", "ptq", *conditions]},
+        "consistency_lens": {**runs, "models": models},
+        "latentwire": {**runs, **scored, "pair_settings": pairs, "pairs": list(pairs)},
+        "lora_generation": {**runs, **scored, "models": models},
     }
 
 
-def make_project(directory: Path, points: int | None) -> None:
+def make_project(directory: Path, size: Size | None) -> None:
     """A folder with a copy of the workflow and the configuration of that size."""
     directory.mkdir()
     for part in PARTS:
@@ -98,14 +136,20 @@ def make_project(directory: Path, points: int | None) -> None:
             shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy(source, target)
+    compileall.compile_dir(directory / "src", quiet=1)  # as every look but a project's first finds it
     (directory / "assets/model").mkdir(parents=True)
-    (directory / "scale.yaml").write_text(yaml.safe_dump({} if points is None else configuration(points)))
+    studies = {} if size is None else configuration(size)
+    (directory / "scale.yaml").write_text(yaml.safe_dump(studies))
+    (directory / "figure.yaml").write_text(yaml.safe_dump({**studies, FIGURE_STUDY: {}}))
 
 
-def snakemake(directory: Path, *arguments: str, program: Sequence[str] = SNAKEMAKE) -> tuple[CommandResult, str]:
+def snakemake(
+    directory: Path, *arguments: str, program: Sequence[str] = SNAKEMAKE, settings: str = "scale.yaml"
+) -> tuple[CommandResult, str]:
     """Run snakemake there; returns what it took and what it printed."""
-    environment = {**os.environ, "PYTHONPATH": str(directory / "src")}
-    command = [sys.executable, *program, "--configfile", "scale.yaml", "--cores", "2", *arguments]
+    # Python keeps what it compiles, as by default: where the environment forbids it, each start takes seconds more.
+    environment = {**os.environ, "PYTHONPATH": str(directory / "src"), "PYTHONDONTWRITEBYTECODE": ""}
+    command = [sys.executable, *program, "--configfile", settings, "--cores", "2", *arguments]
     log, used = directory / "snakemake.log", directory / "used.json"
     with log.open("wb") as stream:
         start = time.monotonic()

@@ -33,7 +33,7 @@ class Form:
     prepare: loads what the form needs, out of a folder that all forms share, and returns one unit of work, which
     returns what must be equal. equals: the form that it must equal, "" for the first one; None where chance decides, or
     where it computes something else. timed: False where only equality is asked. counted: False where operations and
-    memory are those of an engine, outside torch's sight, or those of another benchmark many times over.
+    memory are those of an engine, outside torch's sight, those of another benchmark many times over, or no aim asks.
     """
 
     name: str
@@ -46,13 +46,19 @@ class Form:
 
 @dataclass(frozen=True)
 class Aim:
-    """Against that form, ours is to need at most 1/`at_least` of the quantity. cause: why it is missed, where it is."""
+    """Against that form, ours is to need at most 1/`at_least` of the quantity.
+
+    cause: why it is missed, where it is. without: ours less what the cause names, a form that shows what is left.
+    series: the growth whose slope shows what the cause names.
+    """
 
     against: str
     quantity: Quantity
     at_least: float
     device: Literal["any", "gpu"] = "any"
     cause: str = ""
+    without: str | None = None
+    series: str | None = None
 
     @property
     def text(self) -> str:

@@ -110,18 +110,26 @@ class CommandResult(StrictModel):
 
 
 class WorkflowResult(StrictModel):
-    """Looking at the workflow: the default configuration, then larger and larger ones; commands by name."""
+    """Looking at the workflow: the default configuration, then larger and larger ones; commands by name.
+
+    start: of snakemake on a Snakefile of one rule, which every command takes.
+    """
 
     measured: datetime
+    start: CommandResult
     default: dict[str, CommandResult]
     sizes: tuple[dict[str, CommandResult], ...]
 
 
 class Results(StrictModel):
-    """Everything measured on one device. took: seconds of measuring each part, by name."""
+    """Everything measured on one device. took: seconds of measuring each part, by name.
+
+    whole_seconds: of the last command that ran all of them, its start included.
+    """
 
     device: Device
     took: dict[str, float] = {}
+    whole_seconds: float | None = None
     benchmarks: dict[str, BenchmarkResult] = {}
     series: dict[str, SeriesResult] = {}
     workflow: WorkflowResult | None = None

@@ -33,10 +33,10 @@ SERIES: dict[str, Series] = {
     series.name: series
     for series in (
         Series(
-            "sequence_length", "context_step", "answer", "answer length (words)", (16, 32, 64, 128),
+            "sequence_length", "context_step", "answer", "answer length (words)", (16, 32, 64),
             ("naive", "cached targets"), batch=2,
         ),
-        Series("top_k", "context_step", "top_k", "K", (16, 64, 256, 1024, 4096), ("naive", "cached targets"), batch=2),
+        Series("top_k", "context_step", "top_k", "K", (16, 256, 4096), ("naive", "cached targets"), batch=2),
         Series(
             "vocabulary", "context_step", "vocabulary", "vocabulary", (2048, 8192, 32768),
             ("naive", "cached targets"), batch=2,
@@ -50,7 +50,7 @@ SERIES: dict[str, Series] = {
             ("padded batches", "extraction"),
         ),
         Series(
-            "text_length", "lens_decoder_32", "text_length", "tokens of the explanation, T", (4, 8, 16, 32),
+            "text_length", "lens_decoder_32", "text_length", "tokens of the explanation, T", (4, 8, 16),
             ("no cache", "differentiable cache"),
         ),
         Series(

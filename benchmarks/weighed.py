@@ -224,9 +224,9 @@ LOADING = Benchmark(
     aims=(),
     floor=loading_floor,
     floor_formula="steps x 2 x forward(tokens, attention of each sequence to itself, answer rows)",
-    remains="The thread is left out on processors, where its parallel products compete with the step's, and taken on "
-    "GPUs: a step there never waits for files nor for a copy to the device. Pinning gives no more, since the thread "
-    "that starts the device's work does not copy.",
+    remains="The thread is left out on processors, where its parallel products compete with the step's. Open on GPUs: "
+    "it is taken there, so that a step need wait neither for files nor for the copy to the device, and nothing is "
+    "pinned, since the thread that starts the device's work does not copy; neither is measured yet.",
 )
 STATES = Benchmark(
     name="state_writes",
@@ -242,8 +242,6 @@ STATES = Benchmark(
     "(50) steps, and a run killed meanwhile would find its newest state unfinished.",
 )
 WEIGHED: dict[str, Benchmark] = {one.name: one for one in (HEAD, UPDATE, COMPILE, LOADING, STATES)}
-# A choice is weighed again where it is named, `python -m benchmarks only=[compiled_lens]`: compiling takes minutes.
-ON_REQUEST = frozenset(WEIGHED)
 # What no form here can measure.
 NOT_MEASURED = {
     "varlen (flash) attention": "its kernels run on GPUs alone. Rows of 512 tokens keep the square of a packed row "

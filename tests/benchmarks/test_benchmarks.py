@@ -10,12 +10,11 @@ from benchmarks.catalogue import BENCHMARKS, MEASURED
 from benchmarks.harness import compare
 from benchmarks.scale import TINY
 from benchmarks.scaling import SERIES
-from benchmarks.weighed import ON_REQUEST
 
 # One worker: a server that has imported everything forks the processes that measure memory.
 pytestmark = pytest.mark.xdist_group("benchmarks")
-# Starts engines, or processes of its own.
-SLOW = {"evaluation", "packing"}
+# Starts engines, or processes of its own, or a compiler.
+SLOW = {"evaluation", "packing", "compiled_lens"}
 # What chance decides; what is only another form's reference; and the model's own rate.
 UNCOMPARED = {
     "gkd_off_policy": {"merged by autograd on the same answers"},
@@ -23,6 +22,7 @@ UNCOMPARED = {
         "TRL GKDTrainer",
         "TRL GKDTrainer without checkpointing",
         "TRL DistillationTrainer",
+        "TRL DistillationTrainer on the answers that ours sampled",
         "TRL GKDTrainer on the answers that ours sampled",
         "merged by autograd on the same answers",
     },
@@ -38,11 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else [])
-        for name in MEASURED
-        if name not in ON_REQUEST
-    ],
+    [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in MEASURED],
 )
 def test_all_forms_of_a_benchmark_compute_the_same(name: str, folder: Path) -> None:
     benchmark = MEASURED[name]
@@ -62,6 +58,8 @@ def test_aims_and_series_name_forms_that_there_are() -> None:
         names = [form.name for form in benchmark.forms]
         assert len(names) == len(set(names)) and [form.role for form in benchmark.forms].count("ours") == 1
         assert {aim.against for aim in benchmark.aims} <= set(names)
+        assert {aim.without for aim in benchmark.aims} <= {*names, None}
+        assert {aim.series for aim in benchmark.aims} <= {*SERIES, None}
         assert {form.equals for form in benchmark.forms} <= {*names, "", None}
     for series in SERIES.values():
         assert set(series.forms) <= {form.name for form in BENCHMARKS[series.benchmark].forms}

@@ -10,7 +10,7 @@ import yaml
 from snakemake.utils import update_config
 
 from benchmarks.__main__ import Run, measure_parts
-from benchmarks.dag_scale import REPOSITORY, configuration
+from benchmarks.dag_scale import REPOSITORY, SIZES, configuration, measure_start
 from benchmarks.results import read_results
 from benchmarks.scale import TINY
 from benchmarks.scaling import SERIES
@@ -35,8 +35,20 @@ def test_a_run_leaves_results_and_a_page(tmp_path: Path, monkeypatch: pytest.Mon
     assert "### How cost grows" in text and "delta_activations" in text
 
 
-def test_the_large_configuration_of_the_workflow_s_benchmark_is_a_valid_one() -> None:
+def test_the_workflow_s_benchmark_has_every_study_at_6_models_20_conditions_5_seeds_and_a_sweep_over_each() -> None:
     merged = yaml.safe_load((REPOSITORY / "config/config.yaml").read_text())
-    update_config(merged, configuration(2))
-    study = load_configuration(merged, [], {}).context_distillation
-    assert (len(study.models), len(study.seeds), len(study.sweeps)) == (6, 5, 20)
+    update_config(merged, configuration(SIZES[-1]))
+    found = load_configuration(merged, [], {})
+    assert len(found.studies) == 5
+    for name in found.studies:
+        study = getattr(found, name)
+        subjects = study.pairs if name == "latentwire" else study.models
+        trained = [condition for condition in study.conditions if condition not in study.untrained]
+        assert (len(subjects), len(trained), len(study.seeds), len(study.sweeps)) == (6, 20, 5, 20)
+        assert len(study.trained_conditions) == 20 * (1 + SIZES[-1].points)
+
+
+@pytest.mark.slow
+def test_the_start_of_snakemake_is_measured_on_a_workflow_without_work() -> None:
+    start = measure_start()
+    assert start.seconds > 0 and (start.peak_memory_mib or 0) > 10
