@@ -149,11 +149,21 @@ def test_the_unfrozen_condition_thaws_base_weights_after_the_first_epoch() -> No
         assert run.lens.trained[name].unfreezing.startswith("0, hold 1e")
 
 
-def test_as_published_takes_the_middle_and_compares_one_position_late() -> None:
+def test_as_published_brings_back_all_that_the_protocol_names_a_switch_for() -> None:
     study = load({}, CONFIG / "variants" / "as_published.yaml").consistency_lens
     run = study.run_settings("smollm2_135m", "lens")
-    assert run.positions.policy == "midpoint"
-    assert run.loss.language_model_positions == "one_late"
+    found = {
+        "positions.policy": run.positions.policy,
+        "loss.language_model_positions": run.loss.language_model_positions,
+        "schedules.noise": run.schedules.noise,
+        "evaluation.selection": study.evaluation.selection,
+    }
+    section = (
+        (CONFIG.parent / "docs" / "protocol.md").read_text().partition("## Consistency lens")[2].partition("##")[0]
+    )
+    switches = [row.split(" | ")[-1].strip(" |`") for row in section.splitlines() if row.startswith("|")][2:]
+    assert {f"{key}: {value}" for key, value in found.items()} == set(switches) - {"-"}
+    assert load({}).consistency_lens.evaluation.selection != study.evaluation.selection
 
 
 @pytest.mark.parametrize("name", ["simplestories_5m", "gpt2_openwebtext", "gpt2_pile"])

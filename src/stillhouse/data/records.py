@@ -6,7 +6,7 @@ Stands between `assets` and `data.split`, which write them, and the studies.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -70,14 +70,8 @@ def read_records(path: Path, kind: type[RecordType]) -> list[RecordType]:
     Raises `UserError` naming file and line for a missing file, invalid JSON, a missing field, an answer without
     result or an id that occurs twice, and naming the file where it is empty.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except FileNotFoundError:
-        raise UserError(f"{path}: does not exist: run the rule that makes it, or correct the path") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is not UTF-8 text ({error.reason}): make it again") from None
     records: dict[str, RecordType] = {}
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(_lines(path), start=1):
         if line.strip():
             record = _record(line, kind, f"{path}:{number}")
             if record.id in records:
@@ -91,6 +85,17 @@ def read_records(path: Path, kind: type[RecordType]) -> list[RecordType]:
 def write_records(path: Path, records: Iterable[Record]) -> None:
     """Write records as JSON lines, in the order given."""
     atomic_write_text(path, "".join(json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in records))
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """The lines of a file, one in memory at a time."""
+    try:
+        with path.open(encoding="utf-8", newline="\n") as lines:
+            yield from lines
+    except FileNotFoundError:
+        raise UserError(f"{path}: does not exist: run the rule that makes it, or correct the path") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not UTF-8 text ({error.reason}): make it again") from None
 
 
 def _record(line: str, kind: type[RecordType], where: str) -> RecordType:

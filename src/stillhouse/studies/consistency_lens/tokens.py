@@ -1,7 +1,8 @@
 """Step program: turn the splits of a corpus into tokens, once per corpus and model.
 
 Stands between the division of the corpus by document and everything that reads text: extraction of activations, and
-training that computes them itself. A run may read less of a document than is kept here, never more.
+training that computes them itself. A run may read less of a document than is kept here, never more. The text of all
+splits is in memory once, to find repetitions; whatever reads the tokens maps them.
 """
 
 from __future__ import annotations
