@@ -54,7 +54,11 @@ class TrainingSettings(StrictModel):
     batch_size: Annotated[int, Field(ge=1, description="Examples per optimiser update, over all processes.")] = 32
     micro_batch_tokens: Annotated[
         int,
-        Field(ge=1, description="Token budget of one forward pass; changes speed and memory, not results."),
+        Field(
+            ge=1,
+            description="Token budget of one forward pass; changes speed, memory and what is drawn in a pass (dropout "
+            "masks, Gumbel noise, latent dropout), else nothing beyond rounding.",
+        ),
     ] = 8192
     packing: Annotated[bool, Field(description="Pack sequences into one row; false pads them.")] = True
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4

@@ -7,8 +7,9 @@ come out.
 - Trained parameters and AdamW's moments are fp32. Under bf16 the forward pass autocasts; frozen weights may
   be bf16.
 - Random states are a function of (seed, step, process), set anew for each update. So a resumed run, or an
-  update that is redone after memory ran out, draws the same dropout masks; another number of processes or
-  another micro-batch size draws others, and changes results by that alone.
+  update that is redone after memory ran out, draws the same: dropout masks, the Gumbel noise of the consistency
+  lens, the latent dropout of LatentWire. Another number of processes or another micro-batch size draws others,
+  and changes results by that alone.
 """
 
 from __future__ import annotations
@@ -341,6 +342,8 @@ class Trainer:
 
     def _accumulate(self, step: int) -> dict[str, Tensor | float]:
         """Leave the sum of this process's gradients in `.grad`; returns sums of loss, terms, counts."""
+        # Of the process too, lest its examples get the draws of another one's: dropout masks, Gumbel noise of the
+        # consistency lens, latent dropout of LatentWire.
         seed_everything(derived_seed(self.seed, "step", step, self.accelerator.process_index))
         self.optimizer.zero_grad(set_to_none=True)
         sums: dict[str, Tensor | float] = defaultdict(float)

@@ -2,8 +2,8 @@
 
 An objective is a small class. It returns *sums* over units (for a language model: answer tokens); the loop
 divides by the units of the whole update, over micro-batches and processes. So neither the micro-batch size
-nor packing nor the number of processes changes a result beyond rounding. (Dropout draws one mask per forward
-pass: it differs.)
+nor packing nor the number of processes changes a result beyond rounding, but for what is drawn in a forward
+pass: dropout masks, the Gumbel noise of the consistency lens and the latent dropout of LatentWire are others.
 """
 
 from __future__ import annotations

@@ -142,7 +142,9 @@ class LensSettings(StrictModel):
     attention: Annotated[
         Literal["sdpa", "flash_attention_2", "eager"], Field(description="Attention implementation.")
     ] = "sdpa"
-    compile: Annotated[bool, Field(description="Compile the blocks with torch.compile.")] = False
+    compile: Annotated[
+        bool, Field(description="Compile each block with torch.compile, which takes minutes at a run's start.")
+    ] = False
     tf32: Annotated[bool, Field(description="TF32 in matrix products on a GPU.")] = True
 
     @property
