@@ -12,11 +12,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from stillhouse.models.activations import swapped
 from stillhouse.models.loading import load_model, load_tokenizer
 from stillhouse.runtime.errors import UserError
+from stillhouse.studies.consistency_lens.controls import continuations
+from stillhouse.studies.consistency_lens.data import Example
 from stillhouse.studies.consistency_lens.model import Lens
+from stillhouse.studies.consistency_lens.objective import LensObjective
+from stillhouse.studies.consistency_lens.run_settings import LensSchedules, LossSettings
 from tests.consistency_lens.lenses import (
     documents,
+    lens_batch,
     lens_settings,
     naive_explanation,
     naive_original_logits,
@@ -265,14 +271,34 @@ def test_frozen_weights_in_8_bit_are_shared_and_gradients_pass_through_them(tiny
 
 
 @pytest.mark.slow
-def test_compiled_blocks_compute_the_same(
-    tiny_model: Path, activations: Tensor, monkeypatch: pytest.MonkeyPatch
+def test_compiled_blocks_compute_the_same_whatever_is_swapped_or_read_in_them(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Traced as always, but not turned into C++, which takes minutes: the benchmark `compiled_lens` does, and compares.
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    plain, compiled = tiny_lens(tiny_model), tiny_lens(tiny_model, compile=True)
-    expected, found = (lens.explain(activations, gumbel_noise=False) for lens in (plain, compiled))
-    torch.testing.assert_close(found.logits, expected.logits, atol=1e-4, rtol=1e-4)
+    # Traced and guarded as always, but not turned into C++, which takes minutes: the benchmark `compiled_lens` does,
+    # and compares.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    # torch would run a block as it is, with a warning, where it had to be compiled too often.
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    plain, compiled = (perturbed(tiny_lens(tiny_model, compile=switch)) for switch in (False, True))
+    objective = LensObjective(LossSettings(mse=0.5, resample_stop_gradient=False), LensSchedules(), steps_per_epoch=4)
+    ids, _, positions = documents()
+    examples = [Example(str(row), ids[row], int(place)) for row, place in enumerate(positions)]
+    places = torch.full((3,), int(positions.max()))
+
+    def computed(lens: Lens, cached: bool) -> tuple[Any, ...]:
+        torch.manual_seed(2)
+        loss = objective(lens, lens_batch(lens, cached=cached), step=9)
+        found = gradients(lens, loss.total)
+        with swapped(lens.original, lens.settings.layer, places, torch.full((3, 32), 2.0)):
+            foreign = continuations(lens.original, examples, 3, cached=False)
+        own = continuations(lens.original, examples, 3, cached=False)
+        assert not torch.equal(foreign, own)
+        return loss.total, loss.terms, found, foreign, own
+
+    for cached in (True, False, True):
+        expected = computed(plain, cached)
+        assert len(expected[2]) == 6
+        torch.testing.assert_close(computed(compiled, cached), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_the_lens_runs_in_bf16_with_its_projections_exact(tiny_model: Path) -> None:

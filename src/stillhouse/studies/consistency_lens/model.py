@@ -83,9 +83,7 @@ class Lens(nn.Module):
             role, _, part = name.partition(".")
             own_parameters(self.get_submodule(role), part)
         if settings.compile:
-            for base in (self.original, decoder, encoder):
-                for block in blocks(base):
-                    block.compile(dynamic=True)
+            compile_blocks(self.original, decoder, encoder)
 
     @classmethod
     def build(
@@ -253,3 +251,17 @@ class Lens(nn.Module):
 
     def enable_input_require_grads(self) -> None:
         """Nothing to do: recomputation that is not re-entrant needs no gradient of its inputs."""
+
+
+def compile_blocks(*models: PreTrainedModel) -> None:
+    """Compile the blocks of all models; hooks on a block run outside of what is compiled, so they can come and go.
+
+    Blocks share their code but not its compiled forms: a form holds the block's number and the layers of the cache.
+    torch stops compiling after 8 forms of one piece of code: each block has 8 of its own, lest all but the first
+    few blocks run as they are.
+    """
+    compiled = [block for model in models for block in blocks(model)]
+    limits = torch._dynamo.config
+    limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, limits.recompile_limit * len(compiled))
+    for block in compiled:
+        block.compile(dynamic=True, isolate_recompiles=True)
