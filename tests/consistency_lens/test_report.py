@@ -9,7 +9,7 @@ import pytest
 
 from stillhouse.runtime.commands import parse_settings
 from stillhouse.studies.consistency_lens import report
-from stillhouse.studies.consistency_lens.results import CONTROLS, load_evaluation
+from stillhouse.studies.consistency_lens.results import CONTROLS, LENS, load_evaluation
 from tests.consistency_lens.fake_results import TRUTH, fake_evaluation
 
 
@@ -39,10 +39,14 @@ def test_the_tables_agree_with_the_evaluation(tmp_path: Path) -> None:
     [row] = rows(tmp_path / "tables" / "lenses.csv")
     assert float(row["kl"]) == pytest.approx(lens.kl.value, rel=1e-5)
     assert float(row["recovered"]) == pytest.approx(lens.recovered_from_mean.value, rel=1e-5)
+    assert float(row["mse"]) == pytest.approx(lens.mse.value, rel=1e-5)
     assert row["step"] == "20" and row["n"] == "40"
     controls = rows(tmp_path / "tables" / "controls.csv")
     assert len(controls) == 1 + len(CONTROLS)
     assert controls[0]["difference"] == controls[0]["p"] == ""
+    for control, variant in zip(controls, (LENS, *CONTROLS), strict=True):
+        [measured] = results.headline(variant)
+        assert float(control["mse"]) == pytest.approx(measured.mse.value, rel=1e-5), variant
     assert len(rows(tmp_path / "tables" / "best_of_k.csv")) == 3
     assert [row["chosen"] for row in rows(tmp_path / "tables" / "checkpoints.csv")] == ["", "chosen"]
     assert {file.suffix for file in (tmp_path / "tables").iterdir()} == {".csv", ".tex", ".md"}

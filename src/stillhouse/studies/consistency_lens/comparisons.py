@@ -124,6 +124,11 @@ def recovered(subject: Subject, variant: str = LENS, baseline: str = MEAN) -> Es
     return _complement(_ratio(subject.values(variant, "kl"), subject.values(baseline, "kl")[0]))
 
 
+def mse(subject: Subject, variant: str = LENS) -> Estimate:
+    """Mean squared error per component."""
+    return _ratio(subject.values(variant, "squared_error"), None)
+
+
 def variance_explained(subject: Subject, variant: str = LENS) -> Estimate:
     """1 - squared error over squared distance from the training mean."""
     errors = subject.values(variant, "squared_error")
