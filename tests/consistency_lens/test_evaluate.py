@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 
 import pytest
@@ -53,8 +54,13 @@ def load_lens(artefacts: Artefacts, finished: Finished, step: int) -> Lens:
     return Lens.load(artefacts.model, finished.lens / f"checkpoint-{step}", run_settings().lens, "fp32")
 
 
-def plain_logits(model: torch.nn.Module, token_ids: torch.Tensor, position: int, value: torch.Tensor) -> torch.Tensor:
-    """The original's logits at the position with `value` after its first block, by a full pass over the document."""
+def plain_logits(
+    model: torch.nn.Module, token_ids: torch.Tensor, position: int, value: torch.Tensor, read: int | None = None
+) -> torch.Tensor:
+    """The original's logits with `value` after its first block at the position, by a full pass over the document.
+
+    They are those at the position, or at `read`.
+    """
 
     def put(module: object, inputs: object, output: torch.Tensor) -> torch.Tensor:
         changed = output.clone()
@@ -63,7 +69,7 @@ def plain_logits(model: torch.nn.Module, token_ids: torch.Tensor, position: int,
 
     handle = model.model.layers[0].register_forward_hook(put)  # type: ignore[union-attr, index]
     try:
-        return model(token_ids[None]).logits[0, position].detach()
+        return model(token_ids[None]).logits[0, position if read is None else read].detach()
     finally:
         handle.remove()
 
@@ -234,6 +240,48 @@ def test_the_samples_page_shows_token_explanation_predictions_and_continuations(
         assert 0 < total <= 1
     assert page.count("<mark>") == 2 and page.count("continues:") == 4
     assert not re.search(r"https?:|<script|<link|<img", page)
+
+
+def test_a_sample_tells_what_plain_passes_over_its_document_find(
+    artefacts: Artefacts, finished: Finished, tmp_path: Path
+) -> None:
+    [shown] = read_json(finished.step.samples)["lenses"]
+    sample = shown["samples"][1]
+    example = CachedExamples(finished.activations, "test", activation_settings(), artefacts.model)[1]
+    lens, tokenizer = load_lens(artefacts, finished, shown["step"]), load_tokenizer(artefacts.model)
+    model = AutoModelForCausalLM.from_pretrained(artefacts.model, dtype=torch.float32).eval()
+    ids, place, activation = example.token_ids, example.position, example.activation
+    assert activation is not None
+    text = lens.explain(activation[None], gumbel_noise=0.0).token_ids
+    rebuilt = lens.reconstruct_tokens(text)[0].detach()
+    assert sample["document_id"] == example.document_id
+    parts = [tokenizer.decode(part) for part in (ids[:place], ids[place : place + 1], ids[place + 1 :])]
+    assert [sample["before"], sample["token"], sample["after"]] == parts and all(parts)
+    assert sample["explanation"] == tokenizer.decode(text[0])
+
+    def continuation(value: torch.Tensor) -> str:
+        document = ids[: place + 1]
+        for _ in range(4):
+            last = plain_logits(model, document, place, value, read=-1).argmax()
+            document = torch.cat([document, last[None]])
+        return tokenizer.decode(document[place + 1 :])
+
+    page_step = SamplesStep(samples=finished.step.samples, output=tmp_path / "samples.html")
+    samples_page.main(page_step)
+    article = page_step.output.read_text().split("<article>")[2]
+    halves = article.partition("With the reconstruction")
+    for half, name, value in ((halves[0], "original", activation), (halves[2], "reconstruction", rebuilt)):
+        top = plain_logits(model, ids, place, value).softmax(-1).topk(3)
+        assert [one["token"] for one in sample[name]] == [tokenizer.decode(token) for token in top.indices]
+        assert [one["probability"] for one in sample[name]] == pytest.approx(top.values.tolist(), rel=1e-4)
+        assert sample[f"{name}_continuation"] == continuation(value)
+        cells = re.findall(r'<td><code>(.*?)</code></td><td class="number">(.*?)</td>', half, re.DOTALL)
+        assert cells == [(escape(one["token"]), f"{one['probability']:.1%}") for one in sample[name]]
+        assert f"continues: <code>{escape(sample[f'{name}_continuation'])}</code>" in half
+    assert sample["original"] != sample["reconstruction"]
+    assert sample["original_continuation"] != sample["reconstruction_continuation"]
+    assert f"<mark>{escape(sample['token'])}</mark>" in article
+    assert f"<q>{escape(sample['explanation'])}</q>" in article
 
 
 def test_text_of_the_model_never_becomes_markup(finished: Finished, tmp_path: Path) -> None:
