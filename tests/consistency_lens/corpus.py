@@ -1,15 +1,20 @@
 """A made-up corpus, its tokens and its activations of the tiny model, as the workflow's steps leave them.
 
-Also a program: `python -m tests.consistency_lens.corpus STEP.json [--kill-after SHARDS]` extracts, and can kill itself.
+Also a program: `python -m tests.consistency_lens.corpus STEP.json [--kill-after SHARDS]` extracts, and can kill itself;
+of several processes each kills the main one after so many shards of its own, and leaves its pid beside STEP.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import random
 import signal
+import time
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -82,9 +87,38 @@ def main() -> None:
     parser.add_argument("--kill-after", type=int)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    if arguments.kill_after is not None:
+    step = ActivationsStep.model_validate_json(arguments.step.read_text())
+    if arguments.kill_after is not None and step.processes == 1:
         _die_while_writing(arguments.kill_after)
-    activations.main(ActivationsStep.model_validate_json(arguments.step.read_text()))
+    elif arguments.kill_after is not None:
+        extract = ExtractAndOrphan(arguments.step.parent, arguments.kill_after)
+        activations.extract_shards = extract  # type: ignore[assignment]
+    activations.main(step)
+
+
+@dataclass(frozen=True)
+class ExtractAndOrphan:
+    """What a process of a parallel extraction does here: its part, and kill -9 to its parent in the midst of it."""
+
+    folder: Path
+    finished: int
+
+    def __call__(self, step: ActivationsStep, work: Path, rank: int, processes: int, parent: int) -> None:
+        (self.folder / f"{os.getpid()}.pid").touch()
+        written: list[Path] = []
+        write = shards.atomic_write_bytes
+
+        def write_or_kill(path: Path, data: bytes) -> None:
+            if len(written) == self.finished:
+                with suppress(ProcessLookupError):
+                    os.kill(parent, signal.SIGKILL)
+                while os.getppid() == parent:
+                    time.sleep(0.01)
+            write(path, data)
+            written.append(path)
+
+        shards.atomic_write_bytes = write_or_kill  # type: ignore[attr-defined]
+        activations.extract_shards(step, work, rank, processes, parent)
 
 
 def _die_while_writing(finished: int) -> None:
@@ -102,4 +136,5 @@ def _die_while_writing(finished: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    # By its name: processes of a parallel extraction import what they are given from there.
+    importlib.import_module("tests.consistency_lens.corpus").main()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,14 @@ pytestmark = pytest.mark.xdist_group("programs")
 def files_of(directory: Path) -> dict[str, str]:
     """The digests of an artefact's shards."""
     return {name: facts["sha256"] for name, facts in read_json(directory / "manifest.json")["files"].items()}
+
+
+def at_work(pid: str) -> bool:
+    """Whether a process runs; one that has ended may stay in the table until somebody asks for its status."""
+    try:
+        return " Z " not in Path("/proc", pid, "stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def extract_in_a_process(step: activations.ActivationsStep, folder: Path, *arguments: str) -> int:
@@ -75,6 +84,25 @@ def test_extraction_goes_on_after_kill_9(artefacts: Artefacts, tmp_path: Path, m
     activations.main(step)
     assert files_of(step.output) == files_of(artefacts.activations)
     assert len(computed) == len(files_of(step.output)) - 3
+
+
+@pytest.mark.slow
+def test_killed_in_parallel_it_leaves_no_process_at_work_and_goes_on(artefacts: Artefacts, tmp_path: Path) -> None:
+    step = extraction_step(artefacts.model, artefacts.tokens, tmp_path / "killed", processes=2)
+    assert extract_in_a_process(step, tmp_path, "--kill-after", "1") == -9
+    workers = [path.stem for path in tmp_path.glob("*.pid")]
+    deadline = time.monotonic() + 120
+    while any(map(at_work, workers)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert workers and not any(map(at_work, workers))
+    assert not step.output.exists()
+    kept = {path: path.stat().st_mtime_ns for path in step.work.rglob("*.safetensors")}
+    # Each of the two may finish the shard that it was at, and no further one; alone they would have written seven.
+    assert 2 <= len(kept) <= 4
+    activations.main(step.model_copy(update={"processes": 1}))
+    assert files_of(step.output) == files_of(artefacts.activations)
+    for path, time_written in kept.items():
+        assert (step.output / path.name).stat().st_mtime_ns == time_written
 
 
 def test_another_position_policy_does_not_go_on_from_the_shards_of_this_one(

@@ -90,9 +90,10 @@ def open_splits(step: ActivationsStep) -> dict[str, TokenExamples]:
 def extract_in_parallel(step: ActivationsStep, work: Path, processes: int) -> None:
     """Share the shards out to processes of their own. Raises `UserError` where one of them fails."""
     context = get_context("spawn")
+    arguments = [(step, work, rank, processes, os.getpid()) for rank in range(processes)]
     workers = [
-        context.Process(target=extract_shards, args=(step, work, rank, processes), name=f"extraction process {rank}")
-        for rank in range(processes)
+        context.Process(target=extract_shards, args=each, name=f"extraction process {rank}")
+        for rank, each in enumerate(arguments)
     ]
     for worker in workers:
         worker.start()
@@ -103,9 +104,12 @@ def extract_in_parallel(step: ActivationsStep, work: Path, processes: int) -> No
         raise UserError(f"extraction ended early: {statuses}: the same command goes on from the finished shards")
 
 
-def extract_shards(step: ActivationsStep, work: Path, rank: int, processes: int) -> None:
-    """Write the shards of one process, on a device of its own where there are several."""
-    parent = os.getppid()
+def extract_shards(step: ActivationsStep, work: Path, rank: int, processes: int, parent: int | None = None) -> None:
+    """Write the shards of one process, on a device of its own where there are several; end where `parent` has ended.
+
+    A process of its own is told its parent, which may be killed while this one is still importing.
+    """
+    parent = parent or os.getppid()
     if processes > 1:
         configure_logging()
         torch.set_num_threads(max(1, torch.get_num_threads() // processes))
