@@ -1,7 +1,8 @@
 """The overfit test: on a handful of examples, through real wire messages, the latent arm reaches the text arm's F1.
 
 A channel that cannot carry what it has seen a hundred times cannot carry anything. Here the tiny readers first learn
-to answer from the texts, so that their text arm is worth reaching; the slow test does it with the packaged models.
+to answer from the texts, so that their text arm is worth reaching. With the packaged models it takes minutes, and
+runs where the workflow has left them.
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ def test_on_a_handful_of_examples_the_latent_arm_reaches_the_text_arm_of_the_pac
     names = ("smollm2_135m", "gemma3_270m")
     for name in names:
         if not (PACKAGED / name).is_dir():
-            pytest.skip(f"resources/models/{name} is not materialised")
+            pytest.skip(f"resources/models/{name} is not there: `snakemake resources/models/{name}`")
     settings = ReaderSettings(precision="fp32")
     readers = {name: Reader.load(name, PACKAGED / name, settings) for name in names}
     run = RunSettings.model_validate(

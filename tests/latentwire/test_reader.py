@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from latentwire.tiny_readers import ANSWERS, FAMILIES, TEXTS, answers_of, make_families, tiny_reader
+from support.packaged_tokenizers import PACKAGED, save_packaged_tokenizer
 from support.tiny_models import tiny_llama_config
 from torch.nn import functional
 from transformers import LlamaForCausalLM
@@ -19,7 +20,7 @@ from stillhouse.studies.latentwire.prompt import Prefix
 from stillhouse.studies.latentwire.reader import Reader
 from stillhouse.studies.latentwire.run_settings import ReaderSettings
 
-PACKAGED = Path(__file__).parents[2] / "resources" / "models"
+MATERIALISED = Path(__file__).parents[2] / "resources" / "models"
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +65,8 @@ def test_padding_of_answers_is_no_label_and_changes_nothing(paths, family):
     assert torch.allclose(one, both.logits[both.example == 0], atol=1e-4)
 
 
-def test_replaying_a_texts_own_embeddings_equals_the_text_arm(paths, family):
-    reader = tiny_reader(paths, family, text_prompt="content_only")
+def assert_replay_equals_text(reader: Reader) -> None:
+    """The same prompt, logits and answer, bit for bit, where a text's embeddings stand in the place of latents."""
     answers = answers_of(reader, ANSWERS[:1])
     text = reader.text_embeddings([reader.text_prompt(TEXTS[0])])
     replayed = reader.prompt_embeddings(reader.embed(reader.text_ids(TEXTS[0]))[None])
@@ -73,6 +74,10 @@ def test_replaying_a_texts_own_embeddings_equals_the_text_arm(paths, family):
     assert torch.equal(reader.answer_logits(text, answers), reader.answer_logits(replayed, answers))
     settings = AnswerGenerationSettings(max_new_tokens=6)
     assert reader.generate(text, settings) == reader.generate(replayed, settings)
+
+
+def test_replaying_a_texts_own_embeddings_equals_the_text_arm(paths, family):
+    assert_replay_equals_text(tiny_reader(paths, family, text_prompt="content_only"))
 
 
 def test_generation_writes_what_the_library_generates(paths, family):
@@ -193,24 +198,24 @@ def test_the_answers_first_token_follows_the_anchor(paths, family):
     assert_anchor_and_answer_meet(tiny_reader(paths, family))
 
 
-@pytest.fixture(params=["smollm2_135m", "gemma3_270m", "qwen25_coder_05b"])
-def packaged(request: pytest.FixtureRequest) -> Path:
-    """A real model's directory, where a run of the workflow has put it."""
-    if not (PACKAGED / request.param).is_dir():
-        pytest.skip(f"resources/models/{request.param} is not materialised")
-    return PACKAGED / str(request.param)
-
-
-@pytest.mark.parametrize("padding", ["left", "right"])
-def test_anchor_bos_padding_and_the_first_step_hold_for_packaged_tokenizers(packaged, padding):
-    """A tiny model with as many embeddings stands in for the weights."""
-    tokenizer = load_tokenizer(packaged)
+@pytest.fixture(scope="session", params=PACKAGED)
+def packaged_reader(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Reader:
+    """A packaged tokenizer; a tiny model with as many embeddings stands in for the weights."""
+    tokenizer = load_tokenizer(save_packaged_tokenizer(request.param, tmp_path_factory.mktemp("tokenizer")))
     torch.manual_seed(0)
     model = LlamaForCausalLM(tiny_llama_config(len(tokenizer))).eval()
-    reader = Reader(packaged.name, model, tokenizer, ReaderSettings(precision="fp32", padding=padding))
+    return Reader(request.param, model, tokenizer, ReaderSettings(precision="fp32"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_anchor_bos_padding_and_the_first_step_hold_for_packaged_tokenizers(packaged_reader, padding):
+    reader = packaged_reader
+    reader.adapt(ReaderSettings(precision="fp32", padding=padding), seed=0)
     assert_anchor_and_answer_meet(reader)
-    assert reader.bos_ids == ([2] if packaged.name == "gemma3_270m" else [])
-    assert reader.text_prompt(TEXTS[0], "content_only") == tokenizer(TEXTS[0]).input_ids + reader.anchor_ids
+    assert reader.bos_ids == ([2] if reader.name == "gemma3_270m" else [])
+    assert reader.renderer.chat == (reader.name != "gemma3_270m")
+    assert reader.text_prompt(TEXTS[0], "content_only") == reader.tokenizer(TEXTS[0]).input_ids + reader.anchor_ids
 
     texts = ("a much longer answer than that", "17")
     rows, answers = [reader.answer_ids(answer) for answer in texts], answers_of(reader, texts)
@@ -226,6 +231,20 @@ def test_anchor_bos_padding_and_the_first_step_hold_for_packaged_tokenizers(pack
     assert torch.allclose(reader.answer_logits(batch, answers), torch.cat(expected), atol=1e-4)
     for prompt in (batch, reader.prompt_embeddings(torch.randn(2, 3, reader.hidden_size))):
         reader.check_first_step(prompt, answers)
+
+
+@pytest.mark.slow
+def test_replaying_a_texts_own_embeddings_equals_the_text_arm_for_packaged_tokenizers(packaged_reader):
+    packaged_reader.adapt(ReaderSettings(precision="fp32", text_prompt="content_only"), seed=0)
+    assert_replay_equals_text(packaged_reader)
+
+
+@pytest.fixture(params=PACKAGED)
+def packaged(request: pytest.FixtureRequest) -> Path:
+    """A real model's directory, where a run of the workflow has put it."""
+    if not (MATERIALISED / request.param).is_dir():
+        pytest.skip(f"resources/models/{request.param} is not there: `snakemake resources/models/{request.param}`")
+    return MATERIALISED / str(request.param)
 
 
 @pytest.mark.slow

@@ -8,8 +8,8 @@ from __future__ import annotations
 import fnmatch
 import os
 import shutil
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from pathlib import Path
 from unittest.mock import patch
@@ -79,34 +79,55 @@ def convert_gguf(file: Path, fixes: Sequence[str], output: Path) -> None:
     Raises `UserError` where the file is no GGUF, is cut short, or has an architecture that transformers cannot read.
     """
     reader = _open_gguf(file)
-    special = _special_token_ids(reader)
     logger.info("converting %s to safetensors", file.name)
-    location = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-    try:
-        with _metadata_read_once(reader):
-            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-                **location, quantization_config=GgufConfig(gguf_file=file.name, dequantize=True), dtype=torch.float32
-            )
-            tokenizer: PreTrainedTokenizerBase = (
-                gemma_tokenizer(reader) if "gemma_tokenizer" in fixes else AutoTokenizer.from_pretrained(**location)
-            )
-    except (ValueError, KeyError, TypeError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{file.name}: transformers cannot read this GGUF file: {reason}") from error
-    if "smollm2_digit_pretokenizer" in fixes:
-        # The loader forgets that this tokenizer splits numbers into digits.
-        tokenizer.backend_tokenizer.pre_tokenizer = PreTokenizers(
-            [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
+    with _refusing_what_transformers_cannot_read(file), _metadata_read_once(reader):
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            file.parent,
+            gguf_file=file.name,
+            quantization_config=GgufConfig(gguf_file=file.name, dequantize=True),
+            dtype=torch.float32,
         )
+    tokenizer = gguf_tokenizer(file, reader, fixes)
     if "tie_embeddings" in fixes:
         _tie_embeddings(model)
-    _restore_special_tokens(model, tokenizer, special)
+    _restore_special_tokens(model, _special_token_ids(reader))
+    # The loader's own limit is not the model's.
+    tokenizer.model_max_length = model.config.max_position_embeddings
     model.config.use_cache = True
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
     # safetensors makes private files; an asset is as readable as any other file of the user.
     for weights in output.glob("*.safetensors"):
         weights.chmod((output / "config.json").stat().st_mode)
+
+
+def gguf_tokenizer(file: Path, reader: GGUFReader, fixes: Sequence[str]) -> PreTrainedTokenizerBase:
+    """The tokenizer of `file`, which `reader` has open, mended as `fixes` say; no weight is read."""
+    with _refusing_what_transformers_cannot_read(file), _metadata_read_once(reader):
+        tokenizer: PreTrainedTokenizerBase = (
+            gemma_tokenizer(reader)
+            if "gemma_tokenizer" in fixes
+            else AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        )
+    if "smollm2_digit_pretokenizer" in fixes:
+        # The loader forgets that this tokenizer splits numbers into digits.
+        tokenizer.backend_tokenizer.pre_tokenizer = PreTokenizers(
+            [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
+        )
+    for name, index in _special_token_ids(reader).items():
+        setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(index))
+    # It would change decoded text and is not the model's own.
+    tokenizer.clean_up_tokenization_spaces = False
+    return tokenizer
+
+
+@contextmanager
+def _refusing_what_transformers_cannot_read(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{file.name}: transformers cannot read this GGUF file: {reason}") from error
 
 
 def _metadata_read_once(reader: GGUFReader) -> AbstractContextManager[object]:
@@ -141,18 +162,11 @@ def _tie_embeddings(model: PreTrainedModel) -> None:
     model.tie_weights()
 
 
-def _restore_special_tokens(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, special: dict[str, int]
-) -> None:
-    """Give tokenizer, model and generation the file's special tokens; the loader ends SmolLM2's turns wrongly."""
-    for name, index in special.items():
-        setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(index))
-        if name != "unk":
-            setattr(model.config, f"{name}_token_id", index)
-    # Both would change decoded text and neither is the models' own.
-    tokenizer.clean_up_tokenization_spaces = False
-    tokenizer.model_max_length = model.config.max_position_embeddings
+def _restore_special_tokens(model: PreTrainedModel, special: dict[str, int]) -> None:
+    """Give model and generation the file's special tokens; the loader ends SmolLM2's turns wrongly."""
     ids = {f"{name}_token_id": index for name, index in special.items() if name != "unk"}
+    for name, index in ids.items():
+        setattr(model.config, name, index)
     model.generation_config = GenerationConfig(**ids, use_cache=True)
 
 
