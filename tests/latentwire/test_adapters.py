@@ -67,7 +67,21 @@ def test_a_deep_prefix_has_keys_and_values_for_every_layer():
     assert adapter().layer_states(latents) == ()
 
 
+def test_dropped_vectors_have_no_part_in_what_the_others_become():
+    """FiLM's mean, the calibration and a deep prefix are those of the kept vectors alone."""
+    module = adapter(film=True, layers=LayerShape(layers=2, heads=1, head_dimension=4))
+    torch.nn.init.normal_(module.film.weight)
+    latents, kept = torch.randn(2, 5, 8), [0, 2, 3]
+    mask = torch.tensor([[1, 0, 1, 1, 0]]).expand(2, -1)
+    alone, masked = module(latents[:, kept]), module(latents, mask)
+    assert torch.allclose(masked[:, kept], alone, atol=1e-5)
+    assert torch.allclose(module.calibrate(masked, mask)[:, kept], module.calibrate(alone), atol=1e-5)
+    for layer, expected in zip(module.layer_states(latents, mask), module.layer_states(latents[:, kept]), strict=True):
+        for states, own in zip(layer, expected, strict=True):
+            assert torch.allclose(states[:, :, kept], own, atol=1e-5)
+
+
 def test_nothing_but_latents_reaches_an_adapter():
     """An adapter that were told the gold answer's length, as the published one is, would have another argument."""
     for method in (Adapter.forward, Adapter.calibrate, Adapter.layer_states):
-        assert len(inspect.signature(method).parameters) == 2
+        assert list(inspect.signature(method).parameters) in (["self", "latents", "mask"], ["self", "prefix", "mask"])

@@ -301,6 +301,29 @@ def test_a_vector_that_is_dropped_gets_no_gradient(build, monkeypatch):
         assert not embeddings.grad[:, -1].any() and embeddings.grad[:, :-1].any()
 
 
+def test_a_vector_that_is_dropped_changes_nothing_of_the_loss(build, monkeypatch):
+    """Not through a deep prefix, FiLM, the calibration or a penalty either."""
+    channel, objective, batch = build(
+        reader={"precision": "fp32", "deep_prefix": True},
+        adapter={"film": True},
+        losses={"ce": 1.0, "rms": 0.1, "scale": 0.1},
+    )
+    for adapter in channel.adapters.values():
+        torch.nn.init.normal_(adapter.film.weight)
+
+    def last_dropped(self, latents, step):
+        mask = torch.ones(latents.shape[:2], dtype=torch.long)
+        mask[:, -1] = 0
+        return mask
+
+    monkeypatch.setattr(LatentWireObjective, "visible", last_dropped)
+    message = channel.encoder(batch.texts).detach().requires_grad_()
+    for name in FAMILIES:
+        loss = objective.reader_loss(channel, name, channel.latents(message), batch, step=1)
+        (gradient,) = torch.autograd.grad(loss.total.sum(), message)
+        assert gradient[:, :-1].any() and not gradient[:, -1].any(), name
+
+
 def test_the_first_tokens_weight_follows_its_difficulty(build):
     terms = {"first_token": torch.tensor([2.0, 100.0, 0.0]), "ce": torch.tensor([1.0, 1.0, 1.0])}
     assert autoscale(terms).tolist() == [2.0, 4.0, 0.25]

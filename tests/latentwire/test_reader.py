@@ -163,6 +163,23 @@ def test_a_dropped_vector_is_not_seen(paths, family):
     assert torch.allclose(reader.answer_logits(masked, answers), reader.answer_logits(absent, answers), atol=1e-4)
 
 
+@pytest.mark.parametrize("prefix_tuning", [0, 2])
+def test_the_keys_and_values_of_a_dropped_vector_are_not_seen(paths, family, prefix_tuning):
+    reader = tiny_reader(paths, family, prefix_tuning=prefix_tuning)
+    torch.manual_seed(0)
+    vectors, deep = torch.randn(2, 4, reader.hidden_size), torch.randn(2, 4, reader.layer_shape.numbers)
+    # Of Gemma's 16 sliding positions the last reach the prefix only if what is dropped takes none.
+    answers = answers_of(reader, ("3 apples", "17"))
+    mask = torch.tensor([[1, 0, 0, 1], [0, 1, 1, 0]])
+    masked = reader.prompt_embeddings(Prefix(vectors, mask, reader.layer_shape.split(deep)))
+    rows = reader.answer_rows(masked, answers)
+    for row, kept in enumerate(([0, 3], [1, 2])):
+        layers = reader.layer_shape.split(deep[row : row + 1, kept])
+        absent = reader.prompt_embeddings(Prefix(vectors[row : row + 1, kept], layers=layers))
+        expected = reader.answer_logits(absent, answers_of(reader, (("3 apples", "17")[row],)))
+        assert torch.allclose(rows.logits[rows.example == row], expected, atol=1e-4)
+
+
 def test_a_reader_begins_with_bos_as_its_tokenizer_does_unless_told_otherwise(paths):
     automatic = {family: tiny_reader(paths, family) for family in FAMILIES}
     assert automatic["llama"].bos_ids == [] and automatic["gemma"].bos_ids == [0]

@@ -140,8 +140,8 @@ class Channel(nn.Module):
         """`prefix`, and the same embeddings before calibration."""
         adapter, own = self.adapters[model_name], latents.of_model(model_name)
         assert isinstance(adapter, Adapter)
-        raw = adapter(own)
-        return Prefix(adapter.calibrate(raw), mask, adapter.layer_states(own)), raw
+        raw = adapter(own, mask)
+        return Prefix(adapter.calibrate(raw, mask), mask, adapter.layer_states(own, mask)), raw
 
     def reader(self, model_name: str) -> Reader:
         """One of the readers."""

@@ -94,7 +94,7 @@ class LatentWireObjective:
         if losses.scale or losses.rms:
             adapter = channel.adapters[name]
             assert isinstance(adapter, Adapter)
-            terms |= penalties(adapter, raw)
+            terms |= penalties(adapter, raw, prefix.mask)
             weights |= {"scale": losses.scale, "rms": losses.rms}
         weighted = {key: weight * terms[key] for key, weight in weights.items() if weight}
         if losses.first_token_autoscale and losses.first_token:
@@ -157,9 +157,9 @@ def teacher_terms(
     }
 
 
-def penalties(adapter: Adapter, raw: Tensor) -> dict[str, Tensor]:
+def penalties(adapter: Adapter, raw: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
     """How far an adapter is from its calibrated size, per example; raw: the prefix before calibration."""
-    ratio = root_mean_square(raw) / adapter.target_rms
+    ratio = root_mean_square(raw, mask) / adapter.target_rms
     return {"scale": (adapter.scale - 1).square().expand(len(raw)), "rms": ratio.log().square()}
 
 

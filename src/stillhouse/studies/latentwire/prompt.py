@@ -15,8 +15,8 @@ KeysValues = tuple[tuple[Tensor, Tensor], ...]
 class Prefix:
     """What an adapter gives a reader in a text's place.
 
-    embeddings: [batch, M, hidden]. mask: [batch, M], 0 for a vector that is dropped; None: all are there.
-    layers: keys and values per layer, each [batch, heads, M, head_dim], of a deep prefix; else empty.
+    embeddings: [batch, M, hidden]. mask: [batch, M], 0 for a vector that is dropped, with its keys and values; None:
+    all are there. layers: keys and values per layer, each [batch, heads, M, head_dim], of a deep prefix; else empty.
     """
 
     embeddings: Tensor
@@ -30,13 +30,15 @@ class Prompt:
 
     inputs_embeds: [batch, time, hidden]. attention_mask: [batch, time], 0 where padded.
     layers: keys and values before the first column. trained: whether the reader's own trained parts (LoRA, prefix
-    tuning) take part, as they do after a prefix and not after a text.
+    tuning) take part, as they do after a prefix and not after a text. layer_mask: [batch, positions of the layers], 0
+    for those of dropped vectors, which come first; None: all are there.
     """
 
     inputs_embeds: Tensor
     attention_mask: Tensor
     layers: KeysValues = ()
     trained: bool = True
+    layer_mask: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.inputs_embeds)

@@ -205,7 +205,8 @@ class Reader(nn.Module):
         ones = [torch.ones(len(part), device=self.device) for part in before]
         rows = [torch.cat([start, own, anchor]) for start, own in zip(before, embeddings, strict=True)]
         masks = [torch.cat([one, own, one.new_ones(len(anchor))]) for one, own in zip(ones, mask, strict=True)]
-        return self._padded(rows, masks, self._layers_before(prefix.layers, len(rows)), trained=True)
+        layers, layer_mask = self._layers_before(prefix, len(rows))
+        return replace(self._padded(rows, masks, layers, trained=True), layer_mask=layer_mask)
 
     def text_embeddings(self, prompts: Sequence[Sequence[int]]) -> Prompt:
         """A batch of token prompts (`text_prompt`), padded on the side that the settings name."""
@@ -322,7 +323,10 @@ class Reader(nn.Module):
         if cache is None and prompt.layers:
             cache = self.new_cache(prompt)
         layer_positions = prompt.layers[0][0].shape[2] if prompt.layers else 0
-        positions = (prompt.attention_mask.cumsum(1) - 1).clamp(min=0) + layer_positions
+        layer_mask = prompt.layer_mask
+        if layer_mask is None:
+            layer_mask = prompt.attention_mask.new_ones(len(prompt), layer_positions)
+        positions = (prompt.attention_mask.cumsum(1) - 1).clamp(min=0) + layer_mask.sum(1, keepdim=True)
         limit = self.context_length
         # The shape first: it bounds the positions, and reading these would wait for the device.
         if limit is not None and positions.shape[1] + layer_positions > limit and positions.max() >= limit:
@@ -341,7 +345,7 @@ class Reader(nn.Module):
             with self._parts_of(prompt):
                 output = self.model(
                     inputs_embeds=prompt.inputs_embeds,
-                    attention_mask=functional.pad(prompt.attention_mask, (layer_positions, 0), value=1),
+                    attention_mask=torch.cat([layer_mask, prompt.attention_mask], dim=1),
                     position_ids=positions[:, -prompt.inputs_embeds.shape[1] :],
                     past_key_values=cache,
                     use_cache=cache is not None,
@@ -350,14 +354,22 @@ class Reader(nn.Module):
             handle.remove()
         return output.logits, captured[0]
 
-    def _layers_before(self, layers: KeysValues, batch: int) -> KeysValues:
-        """Prefix tuning's keys and values, then the prefix's own, in the model's type."""
+    def _layers_before(self, prefix: Prefix, batch: int) -> tuple[KeysValues, Tensor | None]:
+        """Prefix tuning's keys and values, then the prefix's own, in the model's type; `Prompt.layer_mask` of them."""
         given = [] if self.own_layers is None else [self.layer_shape.split(self.own_layers.expand(batch, -1, -1))]
-        given += [layers] if layers else []
-        return tuple(
+        given += [prefix.layers] if prefix.layers else []
+        layers = tuple(
             (torch.cat(keys, dim=2).to(self.model.dtype), torch.cat(values, dim=2).to(self.model.dtype))
             for keys, values in (zip(*parts, strict=True) for parts in zip(*given, strict=True))
         )
+        if prefix.mask is None or not prefix.layers:
+            return layers, None
+        own = layers[0][0].shape[2] - prefix.mask.shape[1]
+        mask = functional.pad(prefix.mask.long(), (own, 0), value=1)
+        # What is dropped goes to the far end, where it is no distance between the prompt and what is left.
+        order = mask.argsort(dim=1, stable=True)
+        moved = tuple((_at_positions(keys, order), _at_positions(values, order)) for keys, values in layers)
+        return moved, mask.gather(1, order)
 
     def _padded(self, rows: list[Tensor], masks: list[Tensor], layers: KeysValues, *, trained: bool) -> Prompt:
         side = self.settings.padding
@@ -372,3 +384,8 @@ class Reader(nn.Module):
                 yield
         else:
             yield
+
+
+def _at_positions(states: Tensor, order: Tensor) -> Tensor:
+    """Keys or values [batch, heads, positions, dimension] with each row's positions in the order [batch, positions]."""
+    return states.gather(2, order[:, None, :, None].expand_as(states))
