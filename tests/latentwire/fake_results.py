@@ -205,6 +205,6 @@ def _diagnostics(step: int, steps: int) -> DiagnosticsRow:
         latent_rms=1.0,
         latent_abs_max=3.0,
         latent_between_share=0.5 * progress,
-        latent_explained=explained,
+        latent_explained=tuple(share**2 for share in explained),
         readers=dict.fromkeys(READERS, reader),
     )

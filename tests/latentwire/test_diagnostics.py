@@ -69,7 +69,15 @@ def test_a_row_measures_what_the_readers_get(channel: Channel) -> None:
     assert (row.step, row.texts, set(row.readers)) == (7, 3, set(FAMILIES))
     with torch.no_grad():
         latents = channel.encode(TEXTS)
-        assert row.latent_rms == pytest.approx(latents.message().square().mean().sqrt().item(), rel=1e-5)
+        z = latents.message().double().numpy()  # texts, M, d_z
+        assert row.latent_rms == pytest.approx(np.sqrt((z**2).mean()), rel=1e-5)
+        assert row.latent_mean == pytest.approx(z.mean(), abs=1e-6)
+        assert row.latent_std == pytest.approx(z.std(ddof=1), rel=1e-5)
+        assert row.latent_abs_max == pytest.approx(np.abs(z).max(), rel=1e-6)
+        between = z.var(axis=0).sum() / ((z - z.mean(axis=(0, 1))) ** 2).sum() * len(z)
+        assert row.latent_between_share == pytest.approx(between, rel=1e-4) and 0 < between < 1
+        spectrum = PCA().fit(z.reshape(-1, z.shape[-1])).explained_variance_ratio_.cumsum()
+        assert row.latent_explained == pytest.approx(spectrum[: len(row.latent_explained)], abs=1e-4)
         for name, found in row.readers.items():
             reader, prefix = channel.reader(name), channel.prefix(name, latents)
             assert found.prefix_rms == pytest.approx(prefix.embeddings.square().mean().sqrt().item(), rel=1e-5)

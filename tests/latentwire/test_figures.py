@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from stillhouse.reporting.steps import FigureStep
 from stillhouse.runtime.commands import parse_settings
@@ -26,7 +27,8 @@ from stillhouse.studies.latentwire.comparisons import (
     same_bytes,
 )
 from stillhouse.studies.latentwire.config import ARMS
-from stillhouse.studies.latentwire.figures import CurvesStep
+from stillhouse.studies.latentwire.figures import CurvesStep, channel_styles
+from stillhouse.studies.latentwire.figures.diagnostics import draw_spectrum, read_looks
 from tests.latentwire.fake_results import READERS, fake_channel, fake_evaluation
 
 FROM_EVALUATIONS = ("f1_vs_bytes", "arms", "first_token")
@@ -103,6 +105,20 @@ def test_the_diagnostics_figure_is_made_without_a_look(tmp_path: Path) -> None:
     channel = fake_channel(tmp_path / "channel", "latent")
     (channel / "diagnostics.jsonl").write_text("")
     assert draw("diagnostics", tmp_path / "figure.png", channels=[channel])[0].startswith(b"\x89PNG")
+
+
+def test_the_spectrum_of_z_stands_beside_those_of_the_prefixes_and_the_embeddings(channels: list[Path]) -> None:
+    looks = [read_looks(path) for path in channels]
+    axes = Figure().subplots()
+    draw_spectrum(axes, looks, READERS[0], channel_styles([one.condition for one in looks]))
+    lines, labels = axes.get_legend_handles_labels()
+    assert labels == ["the texts' embeddings", "latent", "Z of latent", "prefix_kd", "Z of prefix_kd"]
+    row = looks[0].rows[-1]
+    reader = row.readers[READERS[0]]
+    for line, shares in zip(
+        lines, (reader.embedding_explained, reader.prefix_explained, row.latent_explained), strict=False
+    ):
+        assert list(line.get_ydata()) == [100 * share for share in shares]  # type: ignore[attr-defined]
 
 
 def test_a_metrics_file_without_a_readers_curve_is_named(tmp_path: Path) -> None:

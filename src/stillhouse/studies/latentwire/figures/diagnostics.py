@@ -1,7 +1,7 @@
 """Step program: `diagnostics.png`, what Z and the prefixes look like while the channels learn.
 
 Four questions: have the prefixes the size of embeddings, do they differ between texts, does the reader say the same
-whatever it reads (collapse), and how many directions are used?
+whatever it reads (collapse), and how many directions are used, by Z itself as well?
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class ChannelLooks:
 
 
 def main(step: CurvesStep) -> None:
-    """Draw one row of panels a reader: three curves over training, and the spectrum at its end."""
+    """Draw one row of panels a reader: three curves over training, and the spectra at its end."""
     looks = [one for path in step.channels if (one := read_looks(path)).rows]
     if not looks:
         draw_notice(step.output, "No look was taken: diagnostics_every is above the number of training steps.")
@@ -61,9 +61,10 @@ def main(step: CurvesStep) -> None:
         last = looks[0].rows[-1]
         note = (
             f"Over the same {last.texts} texts at each look. Components: cumulative share of variance at the last "
-            f"look; black: the embeddings of the texts' own tokens. Z of {looks[0].condition} at the end: mean "
-            f"{last.latent_mean:+.2f}, standard deviation {last.latent_std:.2f}, largest magnitude "
-            f"{last.latent_abs_max:.1f}."
+            f"look; black: the embeddings of the texts' own tokens; dashed: Z, the same for every reader. Z of "
+            f"{looks[0].condition} at the end: mean {last.latent_mean:+.2f}, standard deviation {last.latent_std:.2f}, "
+            f"largest magnitude {last.latent_abs_max:.1f}, {100 * last.latent_between_share:.0f} % of the variance "
+            "between texts."
         )
         draw_frame(drawing, title(looks), note)
         save_figure(drawing, step.output)
@@ -91,20 +92,26 @@ def draw_curves(
 
 
 def draw_spectrum(axes: Axes, looks: Sequence[ChannelLooks], reader: str, styles: dict[str, ConditionStyle]) -> None:
-    """The cumulative variance of prefixes, and of embeddings, by number of components."""
+    """The cumulative variance of prefixes, of Z and of embeddings, by number of components."""
     for place, one in enumerate(looks):
-        last, style = one.rows[-1].readers[reader], styles[one.condition]
+        row, style = one.rows[-1], styles[one.condition]
+        last = row.readers[reader]
         if place == 0:
-            draw_shares(axes, last.embedding_explained, BLACK, "s", "the texts' embeddings")
-        label = one.condition if one.seed == looks[0].seed else "_again"
-        draw_shares(axes, last.prefix_explained, style.colour, style.marker, label)
+            draw_shares(axes, last.embedding_explained, ConditionStyle(BLACK, "s"), "the texts' embeddings")
+        # A legend leaves out what begins with an underscore: one entry for all seeds of a channel.
+        unlisted = "" if one.seed == looks[0].seed else "_"
+        draw_shares(axes, last.prefix_explained, style, unlisted + one.condition)
+        draw_shares(
+            axes, row.latent_explained, ConditionStyle(style.colour, ""), f"{unlisted}Z of {one.condition}", "--"
+        )
     axes.set_ylabel("Variance explained (%)")
     axes.set_ylim(0, 104)
 
 
-def draw_shares(axes: Axes, shares: Sequence[float], colour: str, marker: str, label: str) -> None:
+def draw_shares(axes: Axes, shares: Sequence[float], style: ConditionStyle, label: str, line: str = "-") -> None:
     """One spectrum."""
-    axes.plot(range(1, len(shares) + 1), [100 * share for share in shares], color=colour, marker=marker, label=label)
+    heights = [100 * share for share in shares]
+    axes.plot(range(1, len(shares) + 1), heights, line, color=style.colour, marker=style.marker, label=label)
 
 
 def title(looks: Sequence[ChannelLooks]) -> str:
