@@ -167,16 +167,17 @@ def test_a_dropped_vector_is_not_seen(paths, family):
 def test_the_keys_and_values_of_a_dropped_vector_are_not_seen(paths, family, prefix_tuning):
     reader = tiny_reader(paths, family, prefix_tuning=prefix_tuning)
     torch.manual_seed(0)
-    vectors, deep = torch.randn(2, 4, reader.hidden_size), torch.randn(2, 4, reader.layer_shape.numbers)
-    # Of Gemma's 16 sliding positions the last reach the prefix only if what is dropped takes none.
-    answers = answers_of(reader, ("3 apples", "17"))
-    mask = torch.tensor([[1, 0, 0, 1], [0, 1, 1, 0]])
+    vectors, deep = torch.randn(2, 12, reader.hidden_size), torch.randn(2, 12, reader.layer_shape.numbers)
+    # Far apart: were the dropped ones left between them, Gemma's 16 sliding positions would not reach the first.
+    kept, mask = ([0, 11], [4, 5]), torch.zeros(2, 12, dtype=torch.long)
+    for row, places in enumerate(kept):
+        mask[row, places] = 1
     masked = reader.prompt_embeddings(Prefix(vectors, mask, reader.layer_shape.split(deep)))
-    rows = reader.answer_rows(masked, answers)
-    for row, kept in enumerate(([0, 3], [1, 2])):
-        layers = reader.layer_shape.split(deep[row : row + 1, kept])
-        absent = reader.prompt_embeddings(Prefix(vectors[row : row + 1, kept], layers=layers))
-        expected = reader.answer_logits(absent, answers_of(reader, (("3 apples", "17")[row],)))
+    rows = reader.answer_rows(masked, answers_of(reader))
+    for row, places in enumerate(kept):
+        layers = reader.layer_shape.split(deep[row : row + 1, places])
+        absent = reader.prompt_embeddings(Prefix(vectors[row : row + 1, places], layers=layers))
+        expected = reader.answer_logits(absent, answers_of(reader, ANSWERS[row : row + 1]))
         assert torch.allclose(rows.logits[rows.example == row], expected, atol=1e-4)
 
 
