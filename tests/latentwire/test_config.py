@@ -81,7 +81,7 @@ def test_the_default_uses_what_the_catalogue_has_from_packages_alone():
     study = load_file()
     names = {reference.name for reference in study.references()}
     assert names == {"smollm2_135m", "gemma3_270m", "squad_packaged"}
-    assert set(ARMS) - set(study.evaluation.arms) == {"replay_raw", "replay_anchor"}
+    assert study.evaluation.arms == ARMS
     assert study.task.group_by == "title"
 
 
