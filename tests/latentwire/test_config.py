@@ -105,6 +105,14 @@ def test_as_published_cuts_texts_and_reports_the_last_checkpoint():
     assert (run.encoder.max_length, run.encoder.overlong, run.encoder.max_cut_share) == (512, "cut_end", 1.0)
     assert (run.losses.kd, run.losses.first_k) == (1.0, 0.5)
     assert study.evaluation.selection == "last"
+    generation = study.evaluation.generation
+    assert (generation.first_token_temperature, generation.first_token_top_p, generation.ban_first_eos) == (
+        0.7,
+        0.9,
+        True,
+    )
+    corrected = load_file("experiments/latentwire_squad.yaml").evaluation.generation
+    assert (corrected.first_token_temperature, corrected.ban_first_eos) == (0.0, False)
 
 
 @pytest.mark.parametrize(
