@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from stillhouse.config.base import SettingError, StrictModel, remembered
+from stillhouse.config.base import SettingError, StrictModel, check_path_names, remembered
 from stillhouse.config.data import DataSettings, SplitSettings
 from stillhouse.config.layering import nearest
 from stillhouse.config.references import Reference
@@ -184,6 +184,7 @@ class LatentWireConfig(StrictModel, ConditionRuns[RunSettings]):
     @model_validator(mode="after")
     def names_are_known_and_runs_resolve(self) -> LatentWireConfig:
         """Refuse unknown conditions, and overrides that do not make valid settings for a pair."""
+        check_path_names("pair_settings", self.pair_settings)
         for pair in self.pairs:
             if pair not in self.pair_settings:
                 remedy = nearest(pair, list(self.pair_settings), "pairs")
