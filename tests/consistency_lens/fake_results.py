@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from stillhouse.evaluation.results_files import typed, write_items
-from stillhouse.runtime.files import write_json
+from stillhouse.evaluation.results_files import typed, write_results
+from stillhouse.runtime.files import write_json, write_manifest
 from stillhouse.studies.consistency_lens.config import EvaluationSettings
 from stillhouse.studies.consistency_lens.results import (
     BEST_OF,
@@ -86,8 +86,7 @@ def fake_evaluation(
         selections=tuple(select_checkpoints(measurements, settings.selection)),
         measurements=tuple(measurements),
     )
-    write_items(rows, ITEM_COLUMNS, directory / "items.parquet")
-    write_json(directory / "results.json", results.model_dump(mode="json"))
+    write_results(results, directory / "results.json", rows, ITEM_COLUMNS, directory / "items.parquet")
     return directory / "results.json"
 
 
@@ -168,4 +167,5 @@ def fake_lens(
     (directory / "metrics.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     settings = {"condition": condition, "seed": seed, "model": f"resources/models/{model}", "run": {}}
     write_json(directory / "run.json", {"module": "stillhouse.studies.consistency_lens.train", "settings": settings})
+    write_manifest(directory)
     return directory

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from stillhouse.models.loading import frozen, load_tokenizer
 from stillhouse.runtime.errors import UserError
-from stillhouse.runtime.files import read_json
+from stillhouse.runtime.files import read_json, read_sealed_json, write_sealed_json
 from stillhouse.studies.consistency_lens import activations, evaluate, samples_page
 from stillhouse.studies.consistency_lens.data import CachedExamples
 from stillhouse.studies.consistency_lens.evaluate import EvaluateStep
@@ -285,10 +284,10 @@ def test_a_sample_tells_what_plain_passes_over_its_document_find(
 
 
 def test_text_of_the_model_never_becomes_markup(finished: Finished, tmp_path: Path) -> None:
-    file = read_json(finished.step.samples)
+    file = read_sealed_json(finished.step.samples)
     first = file["lenses"][0]["samples"][0]
     file["lenses"][0]["samples"][0] = first | {"explanation": "<script>x</script>", "token": "&lt;"}
-    (tmp_path / "samples.json").write_text(json.dumps(file))
+    write_sealed_json(tmp_path / "samples.json", file)
     samples_page.main(SamplesStep(samples=tmp_path / "samples.json", output=tmp_path / "samples.html"))
     page = (tmp_path / "samples.html").read_text()
     assert "<script>" not in page and "&lt;script&gt;x" in page and "<mark>&amp;lt;</mark>" in page

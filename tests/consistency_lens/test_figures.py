@@ -12,6 +12,7 @@ from stillhouse.reporting import curves
 from stillhouse.reporting.steps import FigureStep
 from stillhouse.runtime.commands import parse_settings
 from stillhouse.runtime.errors import UserError
+from stillhouse.runtime.files import write_manifest
 from stillhouse.studies.consistency_lens.comparisons import (
     compare,
     kl,
@@ -83,6 +84,7 @@ def test_a_figure_of_the_training_reads_the_metrics_of_every_lens(name: str, tmp
 def test_a_damaged_metrics_file_is_named(tmp_path: Path) -> None:
     lens = fake_lens(tmp_path / "lens")
     (lens / "metrics.jsonl").write_text("no json\n")
+    write_manifest(lens)
     with pytest.raises(UserError, match=r"lens/metrics\.jsonl: is no metrics file"):
         curves.read_curves([lens])
 

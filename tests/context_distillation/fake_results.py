@@ -13,8 +13,8 @@ import numpy as np
 import pandas as pd
 
 from stillhouse.config.evaluation import EngineSettings
-from stillhouse.evaluation.results_files import write_items
-from stillhouse.runtime.files import write_json
+from stillhouse.evaluation.results_files import write_results
+from stillhouse.runtime.files import write_json, write_manifest
 from stillhouse.studies.context_distillation.config import BASE_CONDITIONS, CONDITIONS, EvaluationSettings
 from stillhouse.studies.context_distillation.results import (
     ITEM_COLUMNS,
@@ -87,8 +87,7 @@ def fake_evaluation(
         measurements=tuple(measurements),
     )
     directory.mkdir(parents=True, exist_ok=True)
-    write_items(items, ITEM_COLUMNS, directory / "items.parquet")
-    write_json(directory / "results.json", results.model_dump(mode="json"))
+    write_results(results, directory / "results.json", items, ITEM_COLUMNS, directory / "items.parquet")
     return directory / "results.json"
 
 
@@ -164,4 +163,5 @@ def fake_student(directory: Path, condition: str, seed: int = 42, model: str = "
     write_json(
         directory / "run.json", {"module": "stillhouse.studies.context_distillation.train", "settings": settings}
     )
+    write_manifest(directory)
     return directory

@@ -13,6 +13,7 @@ from stillhouse.reporting.steps import FigureStep
 from stillhouse.reporting.style import draw_notice
 from stillhouse.runtime.commands import parse_settings
 from stillhouse.runtime.errors import UserError
+from stillhouse.runtime.files import write_manifest
 from stillhouse.studies.context_distillation.comparisons import (
     GOLD_NLL,
     MARKER,
@@ -92,6 +93,7 @@ def test_the_loss_figure_is_made_without_students(tmp_path: Path) -> None:
 def test_a_metrics_file_without_cross_entropy_is_named(tmp_path: Path) -> None:
     student = fake_student(tmp_path / "student", "baseline")
     (student / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n', encoding="utf-8")
+    write_manifest(student)
     with pytest.raises(UserError, match=r"student/metrics\.jsonl: has no column 'ce'"):
         loss.read_curves((student,))
 

@@ -8,10 +8,13 @@ from pathlib import Path
 import pytest
 
 from stillhouse.models.target_cache import compute_shards
+from stillhouse.reporting.curves import read_curves
 from stillhouse.reporting.results_page import ResultsPageStep
 from stillhouse.reporting.results_page import main as make_results_page
 from stillhouse.reporting.style import figure, save_figure
 from stillhouse.runtime.errors import UserError
+from stillhouse.studies.context_distillation.results import load_evaluation
+from tests.context_distillation.fake_results import fake_evaluation, fake_student
 from tests.context_distillation.test_target_cache import PLAN, top_k
 from tests.reporting.test_results_page import record
 
@@ -62,7 +65,7 @@ def test_a_figure_on_a_full_disk_is_whole_or_absent(small_disk: Path) -> None:
     ("damage", "message"),
     [
         (lambda data: data[: len(data) // 2], "is not valid JSON"),
-        (lambda data: data.replace(b'"seconds"', b'"secondz"'), "seconds"),
+        (lambda data: data.replace(b'"seconds": 90', b'"seconds": 91'), "is corrupt"),
         (lambda data: b"\xff" + data[1:], "is not valid JSON"),
     ],
 )
@@ -72,3 +75,30 @@ def test_a_damaged_run_record_is_named(tmp_path: Path, damage, message: str) -> 
     with pytest.raises(UserError, match=rf"job/run\.json.*{message}"):
         make_results_page(ResultsPageStep(records=(path,), output=tmp_path / "results.md"))
     assert not (tmp_path / "results.md").exists()
+
+
+@pytest.mark.fault("bit flip in results.json or items.parquet", "refused; the line names the file and what to delete")
+@pytest.mark.parametrize("name", ["results.json", "items.parquet"])
+def test_a_result_in_which_a_bit_has_flipped_is_named(tmp_path: Path, name: str) -> None:
+    results = fake_evaluation(tmp_path)
+    load_evaluation(results)
+    flip_a_digit(tmp_path / name)
+    with pytest.raises(UserError, match=rf"{name}: is corrupt.*: delete .* and run"):
+        load_evaluation(results)
+
+
+@pytest.mark.fault("bit flip in a training curve", "refused; the line names the file and what to delete")
+def test_a_curve_in_which_a_bit_has_flipped_is_named(tmp_path: Path) -> None:
+    student = fake_student(tmp_path / "student", "baseline")
+    read_curves([student])
+    flip_a_digit(student / "metrics.jsonl")
+    with pytest.raises(UserError, match=r"metrics\.jsonl: is corrupt .*: delete .*student and run"):
+        read_curves([student])
+
+
+def flip_a_digit(path: Path) -> None:
+    """Flip the lowest bit of the last decimal digit: the file stays as long and as well-formed as it was."""
+    data = bytearray(path.read_bytes())
+    place = max(place for place, byte in enumerate(data) if chr(byte).isdecimal())
+    data[place] ^= 1
+    path.write_bytes(data)

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from stillhouse.evaluation.results_files import write_items
-from stillhouse.runtime.files import write_json
+from stillhouse.evaluation.results_files import write_results
+from stillhouse.runtime.files import write_json, write_manifest
 from stillhouse.studies.latentwire.config import ARMS, Arm, EvaluationSettings
 from stillhouse.studies.latentwire.curves import DiagnosticsRow, ReaderDiagnostics, append_diagnostics
 from stillhouse.studies.latentwire.results import (
@@ -88,8 +88,7 @@ def fake_evaluation(
         selections=tuple(select_checkpoints(measurements, settings.selection)),
         measurements=tuple(measurements),
     )
-    write_items(rows, ITEM_COLUMNS, directory / "items.parquet")
-    write_json(directory / "results.json", results.model_dump(mode="json"))
+    write_results(results, directory / "results.json", rows, ITEM_COLUMNS, directory / "items.parquet")
     return directory / "results.json"
 
 
@@ -181,6 +180,7 @@ def fake_channel(directory: Path, condition: str, seed: int = 42, steps: int = 2
         append_diagnostics(directory / "diagnostics.jsonl", _diagnostics(step, steps))
     settings = {"names": list(READERS), "condition": condition, "seed": seed, "run": {}}
     write_json(directory / "run.json", {"module": "stillhouse.studies.latentwire.train", "settings": settings})
+    write_manifest(directory)
     return directory
 
 

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from stillhouse.reporting.steps import FigureStep
 from stillhouse.runtime.commands import parse_settings
 from stillhouse.runtime.errors import UserError
+from stillhouse.runtime.files import write_manifest
 from stillhouse.studies.latentwire.comparisons import (
     EXACT,
     F1,
@@ -104,6 +105,7 @@ def test_a_figure_is_made_for_the_smallest_choice_of_arms(name: str, arms: tuple
 def test_the_diagnostics_figure_is_made_without_a_look(tmp_path: Path) -> None:
     channel = fake_channel(tmp_path / "channel", "latent")
     (channel / "diagnostics.jsonl").write_text("")
+    write_manifest(channel)
     assert draw("diagnostics", tmp_path / "figure.png", channels=[channel])[0].startswith(b"\x89PNG")
 
 
@@ -124,6 +126,7 @@ def test_the_spectrum_of_z_stands_beside_those_of_the_prefixes_and_the_embedding
 def test_a_metrics_file_without_a_readers_curve_is_named(tmp_path: Path) -> None:
     channel = fake_channel(tmp_path / "channel", "latent")
     (channel / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    write_manifest(channel)
     with pytest.raises(UserError, match=r"channel/metrics\.jsonl: has no column 'ce/smollm2_135m'"):
         draw("training", tmp_path / "figure.png", channels=[channel])
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from stillhouse.evaluation.results_files import Interval, Selection, write_items
-from stillhouse.runtime.files import write_json
+from stillhouse.evaluation.results_files import Interval, Selection, write_results
+from stillhouse.runtime.files import write_json, write_manifest
 from stillhouse.studies.lora_generation.config import ARMS
 from stillhouse.studies.lora_generation.manifest import AdapterRow
 from stillhouse.studies.lora_generation.results import (
@@ -133,8 +133,8 @@ def write_fake_evaluation(
         ),
         measurements=tuple(measurements),
     )
-    write_json(directory / "results.json", results.model_dump(mode="json"))
-    write_items(pd.concat(rows, ignore_index=True), ITEM_COLUMNS, directory / "items.parquet")
+    items = pd.concat(rows, ignore_index=True)
+    write_results(results, directory / "results.json", items, ITEM_COLUMNS, directory / "items.parquet")
     return directory / "results.json"
 
 
@@ -145,6 +145,7 @@ def write_fake_generator(directory: Path, condition: str, seed: int) -> Path:
     rows = pd.DataFrame({"step": steps, "loss": 2 / steps, "delta_w": 1.2 / steps**0.5, "delta": 1 / steps})
     rows.loc[rows["step"] % 10 == 0, "validation/loss"] = 0.5
     rows.to_json(directory / "metrics.jsonl", orient="records", lines=True)
+    write_manifest(directory)
     return directory
 
 

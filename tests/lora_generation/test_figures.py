@@ -10,6 +10,7 @@ import pytest
 from stillhouse.reporting.curves import read_curves
 from stillhouse.reporting.steps import FigureStep
 from stillhouse.runtime.errors import UserError
+from stillhouse.runtime.files import write_manifest
 from stillhouse.studies.lora_generation.comparisons import load_evaluations
 from stillhouse.studies.lora_generation.config import ARMS
 from stillhouse.studies.lora_generation.figures import (
@@ -60,6 +61,7 @@ def test_training_curves_of_seeds_are_one_line(tmp_path: Path) -> None:
     training.main(CurvesStep(generators=tuple(generators), output=tmp_path / "training.png"))
     assert (tmp_path / "training.png").stat().st_size > 1000
     (generators[0] / "metrics.jsonl").write_text("not json")
+    write_manifest(generators[0])
     with pytest.raises(UserError, match=r"metrics\.jsonl: is no metrics file"):
         read_curves(generators)
 

@@ -12,6 +12,7 @@ import pytest
 
 from stillhouse.evaluation.statistics import paired_difference_over_seeds, wilson_interval
 from stillhouse.runtime.errors import UserError
+from stillhouse.runtime.files import write_sealed_json
 from stillhouse.studies.lora_generation.comparisons import (
     accuracy,
     behaviour_pairs,
@@ -244,6 +245,6 @@ def test_an_evaluation_without_retrieval_says_that_there_is_no_bar(tmp_path: Pat
 
 def test_a_damaged_result_is_named(tmp_path: Path) -> None:
     results = write_fake_evaluation(tmp_path)
-    results.write_text("{}")
+    write_sealed_json(results, {})
     with pytest.raises(UserError, match=r"results\.json: is not a result of this version"):
         load_evaluations([results])

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from stillhouse.evaluation.results_files import write_items
-from stillhouse.runtime.files import write_json
+from stillhouse.evaluation.results_files import write_results
+from stillhouse.runtime.files import write_json, write_manifest
 from stillhouse.studies.quantized_distillation.evaluation_settings import EvaluationSettings, reasons_not_run
 from stillhouse.studies.quantized_distillation.results import ITEM_COLUMNS, QuantizedResults, SystemFacts, measure
 
@@ -100,8 +100,7 @@ def write_evaluation(
         measurements=tuple(measure(items)),
     )
     folder.mkdir(parents=True, exist_ok=True)
-    write_items(items, ITEM_COLUMNS, folder / "items.parquet")
-    write_json(folder / "results.json", results.model_dump(mode="json"))
+    write_results(results, folder / "results.json", items, ITEM_COLUMNS, folder / "items.parquet")
     return folder / "results.json"
 
 
@@ -155,4 +154,5 @@ def write_student(folder: Path, condition: str, seed: int, model: str = "tiny") 
                 "validation_agreement": 1 - 0.3 * share,
             }
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_manifest(folder)
     return folder

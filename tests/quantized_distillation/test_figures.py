@@ -10,6 +10,7 @@ import pytest
 from stillhouse.reporting.steps import FigureStep
 from stillhouse.runtime.commands import parse_settings
 from stillhouse.runtime.errors import UserError
+from stillhouse.runtime.files import write_manifest
 from stillhouse.studies.quantized_distillation.comparisons import load_evaluations, recoverable, recovering
 from stillhouse.studies.quantized_distillation.curves import read_curve
 from stillhouse.studies.quantized_distillation.figures import CurveStep, accuracy, heat_maps, recovered, sweep_lr
@@ -77,6 +78,7 @@ def test_the_curves_show_every_student_and_no_student_is_no_fault(tmp_path: Path
 def test_a_student_without_its_measures_is_named(tmp_path: Path) -> None:
     student = write_student(tmp_path / "student", "off_policy", 1)
     (student / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    write_manifest(student)
     with pytest.raises(UserError, match=r"metrics\.jsonl: cannot be read .*: train again"):
         read_curve(student)
 

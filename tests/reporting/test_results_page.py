@@ -10,7 +10,7 @@ import pytest
 from stillhouse.reporting import results_page
 from stillhouse.runtime.commands import parse_settings
 from stillhouse.runtime.errors import UserError
-from stillhouse.runtime.files import write_json
+from stillhouse.runtime.files import write_sealed_json
 
 TRAIN = "stillhouse.studies.context_distillation.train"
 PROCESSOR = "Some Processor (2 cores)"
@@ -29,7 +29,7 @@ def record(path: Path, **changes: Any) -> Path:
         "host": "node",
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, facts | changes)
+    write_sealed_json(path, facts | changes)
     return path
 
 
@@ -122,7 +122,7 @@ def test_a_record_that_is_missing_or_damaged_is_named(tmp_path: Path) -> None:
     (tmp_path / "student").mkdir()
     with pytest.raises(UserError, match=r"student/run\.json: does not exist"):
         make(tmp_path, tmp_path / "student")
-    write_json(tmp_path / "odd.json", {"module": TRAIN})
+    write_sealed_json(tmp_path / "odd.json", {"module": TRAIN})
     with pytest.raises(UserError, match=r"odd\.json: is no run record \('seconds': Field required\)"):
         make(tmp_path, tmp_path / "odd.json")
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,9 +14,11 @@ from stillhouse.runtime.files import (
     atomic_write_text,
     disk_errors,
     read_json,
+    read_sealed_json,
     staged_directory,
     verify_manifest,
     write_manifest,
+    write_sealed_json,
 )
 
 
@@ -88,6 +92,40 @@ def test_a_damaged_manifest_is_named_with_the_remedy(tmp_path: Path, damage, mes
         UserError, match=rf"manifest\.json: {message}.*: delete {tmp_path} and run the same command again"
     ):
         verify_manifest(tmp_path)
+
+
+@pytest.mark.fault(
+    "file of an output that cannot be read (permission, failing disk)", "a line that names the file and what to do"
+)
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO])
+def test_a_file_that_cannot_be_read_is_named_with_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    (tmp_path / "shard.bin").write_bytes(b"abc")
+    write_manifest(tmp_path)
+    opened = Path.open
+
+    def failing(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path.name == "shard.bin":
+            raise OSError(number, os.strerror(number), str(path))
+        return opened(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", failing)
+    message = rf"shard\.bin: cannot be read \({os.strerror(number)}\): check its permissions .* delete {tmp_path} and"
+    with pytest.raises(UserError, match=message):
+        verify_manifest(tmp_path)
+
+
+def test_a_sealed_file_gives_what_was_written_and_names_any_other_content(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    content = {"value": 0.25, "name": "ä", "missing": None, "2": [1, {"a": True}], "10": "x"}
+    write_sealed_json(path, content)
+    assert read_sealed_json(path) == content
+    whole = path.read_bytes()
+    for damaged in (whole.replace(b"0.25", b"0.35"), whole.replace(b'"digest"', b'"digesu"'), b"[]"):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"results\.json: is corrupt .*: delete it and run the same command again"):
+            read_sealed_json(path)
 
 
 def test_damaged_json_is_named(tmp_path: Path) -> None:

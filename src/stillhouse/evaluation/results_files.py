@@ -18,8 +18,16 @@ from pydantic import ValidationError
 from stillhouse.config.base import StrictModel
 from stillhouse.evaluation.statistics import Estimate
 from stillhouse.runtime.errors import UserError
-from stillhouse.runtime.files import atomic_write_bytes, disk_errors, read_json
+from stillhouse.runtime.files import (
+    atomic_write_bytes,
+    disk_errors,
+    read_sealed_json,
+    sha256_file,
+    write_sealed_json,
+)
 
+# What `results.json` says of the file beside it.
+ITEMS_DIGEST = "items_sha256"
 Results = TypeVar("Results", bound=StrictModel)
 
 
@@ -63,14 +71,18 @@ class Evaluation(Generic[Results]):
 
 def load_evaluation(kind: type[Results], results: Path, subject: Sequence[str]) -> Evaluation[Results]:
     """Read `results.json` and the `items.parquet` beside it; a missing or damaged file is a `UserError`."""
+    content = read_sealed_json(results)
+    expected = content.pop(ITEMS_DIGEST, None)
     try:
-        read = kind.model_validate(read_json(results))
+        read = kind.model_validate(content)
     except ValidationError as error:
         raise UserError(
             f"{results}: is not a result of this version ({error.error_count()} faults): run evaluate"
         ) from None
     path = results.parent / "items.parquet"
     try:
+        if sha256_file(path) != expected:
+            raise UserError(f"{path}: is corrupt, or of another run than {results.name}: delete both and run again")
         items = pd.read_parquet(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}): delete it and run again") from None
@@ -82,11 +94,14 @@ def typed(items: pd.DataFrame, columns: Mapping[str, str]) -> pd.DataFrame:
     return items.reindex(columns=list(columns)).astype(columns)
 
 
-def write_items(items: pd.DataFrame, columns: Mapping[str, str], path: Path) -> None:
-    """Write per-item rows with their fixed columns and types."""
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        typed(items, columns).to_parquet(path, index=False)
+def write_results(
+    results: StrictModel, path: Path, items: pd.DataFrame, columns: Mapping[str, str], items_path: Path
+) -> None:
+    """Write per-item rows with their fixed columns and types, then the results, which vouch for both files."""
+    with disk_errors(items_path):
+        items_path.parent.mkdir(parents=True, exist_ok=True)
+        typed(items, columns).to_parquet(items_path, index=False)
+    write_sealed_json(path, results.model_dump(mode="json") | {ITEMS_DIGEST: sha256_file(items_path)})
 
 
 def write_part(rows: pd.DataFrame, path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from stillhouse.runtime.errors import UserError
-from stillhouse.runtime.files import read_json
+from stillhouse.runtime.files import read_json, verify_manifest
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ def read_curves(runs: Sequence[Path]) -> list[Curves]:
     """The curves of training outputs by model and condition, in the order given; a damaged file is a `UserError`."""
     found: dict[tuple[str, str], list[pd.DataFrame]] = {}
     for run in runs:
+        verify_manifest(run, "*.json*")
         settings = read_json(run / "run.json")["settings"]
         key = (Path(settings["model"]).name, settings["condition"])
         found.setdefault(key, []).append(read_metrics(run / "metrics.jsonl"))

@@ -16,7 +16,7 @@ from stillhouse.config.base import StrictModel
 from stillhouse.reporting.tables import Cell, Column, Table
 from stillhouse.runtime.commands import run_step
 from stillhouse.runtime.errors import UserError
-from stillhouse.runtime.files import atomic_write_text, read_json
+from stillhouse.runtime.files import atomic_write_text, read_sealed_json
 
 RECORD = "run.json"
 COST_HEADING = "Hardware, time and cost"
@@ -114,7 +114,7 @@ def read_record(path: Path) -> Record:
     """A run record; `UserError` where there is none or it is not one."""
     file = path / RECORD if path.is_dir() else path
     try:
-        return Record.model_validate(read_json(file))
+        return Record.model_validate(read_sealed_json(file))
     except ValidationError as error:
         fault = error.errors()[0]
         key = ".".join(map(str, fault["loc"]))

@@ -1,7 +1,8 @@
 """Files that are either whole or absent: atomic writes, staged directories and their manifests.
 
 A directory that a step leaves behind carries a `manifest.json` with the size and sha256 of each of its files.
-Readers call `verify_manifest`, so that a damaged or half-copied directory is named instead of being used.
+Readers call `verify_manifest`, so that a damaged or half-copied directory is named instead of being used. A JSON file
+that stands alone is sealed: it carries the digest of its own content, and `read_sealed_json` checks it.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from stillhouse.runtime.errors import UserError
 from stillhouse.runtime.logs import logger
 
 MANIFEST = "manifest.json"
+SEAL = "digest"
 
 
 @contextmanager
@@ -40,6 +42,20 @@ def disk_errors(path: Path) -> Iterator[None]:
         if error.errno in (errno.EROFS, errno.EACCES):
             raise UserError(f"{path}: cannot be written ({error.strerror}): check the permissions") from error
         raise
+
+
+@contextmanager
+def reading_errors(path: Path, to_delete: Path | str = "it") -> Iterator[None]:
+    """Turn a file that cannot be read, for want of permission or by a failing disk, into one clear line."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror or error}): check its permissions and the disk; where the "
+            f"file is lost, delete {to_delete} and run the same command again"
+        ) from error
 
 
 def existing_parent(path: Path) -> Path:
@@ -78,13 +94,30 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path, to_delete: Path | str = "it") -> Any:
     """Read JSON; a missing file, or a damaged one and what to delete for it, is named by a `UserError`."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        with reading_errors(path, to_delete):
+            return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: does not exist: run the rule that makes it") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(
             f"{path}: is not valid JSON ({error}): delete {to_delete} and run the same command again"
         ) from None
+
+
+def write_sealed_json(path: Path, value: Mapping[str, Any]) -> None:
+    """`write_json`, with the digest of the content as one more key."""
+    content = json.loads(json.dumps(value))
+    write_json(path, {**content, SEAL: _seal(content)})
+
+
+def read_sealed_json(path: Path) -> dict[str, Any]:
+    """What `write_sealed_json` was given; content that is not what its digest says is a `UserError`."""
+    content = read_json(path)
+    if not isinstance(content, dict) or content.pop(SEAL, None) != _seal(content):
+        raise UserError(
+            f"{path}: is corrupt (its '{SEAL}' is not that of its content): delete it and run the same command again"
+        )
+    return content
 
 
 def link_or_copy(source: Path, target: Path) -> None:
@@ -184,13 +217,18 @@ def verify_manifest(directory: Path, pattern: str = "*") -> dict[str, Any]:
         path = directory / name
         if not isinstance(expected, dict) or not {"bytes", "sha256"} <= expected.keys():
             raise UserError(f"{directory / MANIFEST}: says too little of {name}: {remedy}")
-        if not path.is_file():
-            raise UserError(f"{path}: is missing: {remedy}")
-        if path.stat().st_size != expected["bytes"]:
-            raise UserError(f"{path}: has {path.stat().st_size} bytes, not {expected['bytes']}: {remedy}")
-        if sha256_file(path) != expected["sha256"]:
-            raise UserError(f"{path}: is corrupt (its sha256 differs from the manifest's): {remedy}")
+        with reading_errors(path, to_delete=directory):
+            if not path.is_file():
+                raise UserError(f"{path}: is missing: {remedy}")
+            if path.stat().st_size != expected["bytes"]:
+                raise UserError(f"{path}: has {path.stat().st_size} bytes, not {expected['bytes']}: {remedy}")
+            if sha256_file(path) != expected["sha256"]:
+                raise UserError(f"{path}: is corrupt (its sha256 differs from the manifest's): {remedy}")
     return manifest
+
+
+def _seal(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _umask() -> int:

@@ -23,7 +23,7 @@ from pydantic import BaseModel
 from stillhouse.runtime.code_digests import SOURCE_ROOT, code_digests
 from stillhouse.runtime.device_usage import DeviceMonitor
 from stillhouse.runtime.digests import digest, short_digest
-from stillhouse.runtime.files import MANIFEST, sha256_file, write_json
+from stillhouse.runtime.files import MANIFEST, sha256_file, write_sealed_json
 
 PACKAGES = (
     "torch",
@@ -95,7 +95,7 @@ class RunRecord:
         """Write the record; called once, when the outputs are complete."""
         code = code_digests(self.module)
         self._monitor.stop()
-        write_json(
+        write_sealed_json(
             path,
             {
                 "module": self.module,

@@ -16,7 +16,7 @@ import torch
 
 from stillhouse.config.base import StrictModel
 from stillhouse.config.training import TrackingSettings
-from stillhouse.evaluation.results_files import Selection, write_items, write_part
+from stillhouse.evaluation.results_files import Selection, write_part, write_results
 from stillhouse.models.activations import swapped
 from stillhouse.models.loading import frozen, load_tokenizer
 from stillhouse.models.precision import resolve_precision
@@ -30,7 +30,7 @@ from stillhouse.runtime.files import (
     recorded_digests,
     staged_directory,
     verify_manifest,
-    write_json,
+    write_sealed_json,
 )
 from stillhouse.runtime.logs import logger
 from stillhouse.runtime.records import RunRecord, data_digest
@@ -128,7 +128,6 @@ def main(step: EvaluateStep) -> None:
         # On the validation split the lens and its baselines were scored twice; the full scores stand.
         items = items.drop_duplicates(["condition", "seed", "step", "split", "variant", "item_id"], keep="last")
         items = items.assign(model=step.model_name)
-        write_items(items, ITEM_COLUMNS, step.item_scores)
         samples = [sample for _, sample in chosen]
         results = ModelResults(
             model=step.model_name,
@@ -140,11 +139,11 @@ def main(step: EvaluateStep) -> None:
             selections=tuple(selections),
             measurements=tuple(measure(items)),
         )
-        write_json(step.results, results.model_dump(mode="json"))
+        write_results(results, step.results, items, ITEM_COLUMNS, step.item_scores)
         file = SamplesFile(
             model=step.model_name, dataset=step.dataset, split=step.evaluation.split, lenses=tuple(samples)
         )
-        atomic_write_text(step.samples, file.model_dump_json(indent=2) + "\n")
+        write_sealed_json(step.samples, file.model_dump(mode="json"))
         with staged_directory(step.table) as staging:
             name = f"consistency_lens-{step.model_name}-evaluation"
             log_table(step.tracking, staging, name, "samples", TABLE_COLUMNS, table_rows(samples))

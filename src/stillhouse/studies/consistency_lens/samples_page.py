@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from stillhouse.config.base import StrictModel
 from stillhouse.runtime.commands import run_step
 from stillhouse.runtime.errors import UserError
-from stillhouse.runtime.files import atomic_write_text, read_json
+from stillhouse.runtime.files import atomic_write_text, read_sealed_json
 from stillhouse.studies.consistency_lens.samples import LensSamples, Prediction, Sample, SamplesFile
 
 STYLE = """
@@ -50,7 +50,7 @@ class SamplesStep(StrictModel):
 def main(step: SamplesStep) -> None:
     """Write the page."""
     try:
-        samples = SamplesFile.model_validate(read_json(step.samples))
+        samples = SamplesFile.model_validate(read_sealed_json(step.samples))
     except ValidationError as error:
         raise UserError(f"{step.samples}: is not a result of this version ({error.error_count()} faults)") from None
     atomic_write_text(step.output, page(samples))

@@ -24,7 +24,7 @@ from stillhouse.data.records import Problem, read_problems
 from stillhouse.evaluation.engines import GenerationEngine, open_engine
 from stillhouse.evaluation.instruction_following import check_instruction_scorer, score_instructions
 from stillhouse.evaluation.perplexity import answer_nll
-from stillhouse.evaluation.results_files import write_items, write_part
+from stillhouse.evaluation.results_files import write_part, write_results
 from stillhouse.evaluation.scorers import (
     published_correct,
     score_boxed_answer,
@@ -41,7 +41,6 @@ from stillhouse.runtime.files import (
     read_json,
     recorded_digests,
     verify_manifest,
-    write_json,
 )
 from stillhouse.runtime.logs import logger
 from stillhouse.runtime.records import RunRecord, data_digest
@@ -130,7 +129,6 @@ def main(step: EvaluateStep) -> None:
         rows = job.gold_nll(subjects).merge(job.answers(subjects), on=ITEM_KEY, how="left", validate="1:1")
         items = rows.assign(model=step.model_name)
         measurements = measure(items)
-        write_items(items, ITEM_COLUMNS, step.item_scores)
         results = ModelResults(
             model=step.model_name,
             model_note=step.model_note,
@@ -144,7 +142,7 @@ def main(step: EvaluateStep) -> None:
             selections=tuple(select_checkpoints(measurements, step.evaluation.selection)),
             measurements=tuple(measurements),
         )
-        write_json(step.results, results.model_dump(mode="json"))
+        write_results(results, step.results, items, ITEM_COLUMNS, step.item_scores)
         record.add(engine=job.engine, subjects=len(subjects), parts_computed=job.computed, parts_kept=job.kept)
         record.write(step.record)
 

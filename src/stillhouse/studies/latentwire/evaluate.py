@@ -17,7 +17,7 @@ import pandas as pd
 
 from stillhouse.config.base import StrictModel
 from stillhouse.evaluation.reading_comprehension import squad_version
-from stillhouse.evaluation.results_files import Selection, write_items, write_part
+from stillhouse.evaluation.results_files import Selection, write_part, write_results
 from stillhouse.models.loading import load_tokenizer
 from stillhouse.models.precision import resolve_precision
 from stillhouse.runtime.code_digests import code_digests
@@ -27,7 +27,6 @@ from stillhouse.runtime.files import (
     recorded_digests,
     staged_directory,
     verify_manifest,
-    write_json,
     write_manifest,
 )
 from stillhouse.runtime.logs import logger
@@ -91,7 +90,6 @@ def main(step: EvaluateStep) -> None:
         rows = pd.concat([job.score(chosen, "test"), candidates], ignore_index=True)
         # A checkpoint that was chosen on the test split has its rows in both; the first are complete.
         items = rows.drop_duplicates([*SUBJECT_COLUMNS, "split", "item_id"]).assign(pair=step.pair)
-        write_items(items, ITEM_COLUMNS, step.item_scores)
         job.write_messages(step.wire, chosen)
         results = PairResults(
             pair=step.pair,
@@ -107,7 +105,7 @@ def main(step: EvaluateStep) -> None:
             selections=tuple(selections),
             measurements=tuple(measure(items)),
         )
-        write_json(step.results, results.model_dump(mode="json"))
+        write_results(results, step.results, items, ITEM_COLUMNS, step.item_scores)
         record.add(subjects=len(results.measurements), parts_computed=job.computed, parts_kept=job.kept)
         record.write(step.record)
 

@@ -17,14 +17,14 @@ import pandas as pd
 
 from stillhouse.config.base import StrictModel
 from stillhouse.config.training import Precision
-from stillhouse.evaluation.results_files import Selection, write_items, write_part
+from stillhouse.evaluation.results_files import Selection, write_part, write_results
 from stillhouse.models.lora_tensors import adapter_digest, read_adapter
 from stillhouse.models.precision import resolve_precision
 from stillhouse.runtime.code_digests import code_digests
 from stillhouse.runtime.commands import run_step
 from stillhouse.runtime.digests import short_digest
 from stillhouse.runtime.errors import UserError
-from stillhouse.runtime.files import read_json, staged_directory, verify_manifest, write_json, write_manifest
+from stillhouse.runtime.files import read_json, staged_directory, verify_manifest, write_manifest
 from stillhouse.runtime.logs import logger
 from stillhouse.runtime.records import RunRecord, data_digest
 from stillhouse.studies.lora_generation.arms import Collection, Entry, from_collection, generated, given
@@ -96,7 +96,7 @@ def main(step: EvaluateStep) -> None:
         with closing(job.scorer):
             entries = job.entries()
             rows = [job.rows(entry) for entry in entries]
-        write_items(pd.concat(rows, ignore_index=True).assign(model=step.model_name), ITEM_COLUMNS, step.item_scores)
+        items = pd.concat(rows, ignore_index=True).assign(model=step.model_name)
         cache = DeltaCache.load(step.deltas)
         clusters, points = map_of(job.collection.rows, step.adapters, cache)
         results = ModelResults(
@@ -116,7 +116,7 @@ def main(step: EvaluateStep) -> None:
             selections=tuple(job.selections.values()),
             measurements=tuple(job.measurements(entries, rows, cache)),
         )
-        write_json(step.results, results.model_dump(mode="json"))
+        write_results(results, step.results, items, ITEM_COLUMNS, step.item_scores)
         write_manifest(made)
         record.add(subjects=len(entries), parts_computed=job.computed, parts_kept=job.kept)
         record.write(step.record)

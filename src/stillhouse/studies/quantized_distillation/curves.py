@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from stillhouse.runtime.errors import UserError
-from stillhouse.runtime.files import read_json
+from stillhouse.runtime.files import read_json, verify_manifest
 
 MEASURES = ("perplexity", "validation_kl", "validation_agreement")
 
@@ -38,6 +38,7 @@ class Curve:
 
 def read_curve(student: Path) -> Curve:
     """What a student's directory says; `UserError` where its metrics are missing or damaged."""
+    verify_manifest(student, "*.json*")
     record: dict[str, Any] = read_json(student / "run.json")
     path = student / "metrics.jsonl"
     try:

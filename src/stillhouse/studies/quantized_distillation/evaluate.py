@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from stillhouse.config.base import StrictModel
 from stillhouse.evaluation.harness import score_choices, task_versions
-from stillhouse.evaluation.results_files import typed, write_items, write_part
+from stillhouse.evaluation.results_files import typed, write_part, write_results
 from stillhouse.evaluation.teacher_agreement import teacher_states, token_scores
 from stillhouse.models.loading import load_model, load_tokenizer
 from stillhouse.models.output_head import OutputHead, output_head, require_plain_head
@@ -26,7 +26,7 @@ from stillhouse.models.precision import resolve_precision
 from stillhouse.runtime.code_digests import code_digests
 from stillhouse.runtime.commands import run_step
 from stillhouse.runtime.digests import short_digest
-from stillhouse.runtime.files import verify_manifest, write_json
+from stillhouse.runtime.files import verify_manifest
 from stillhouse.runtime.logs import logger
 from stillhouse.runtime.records import RunRecord, data_digest
 from stillhouse.studies.quantized_distillation.evaluation_settings import AnswerRendering, EvaluationSettings
@@ -81,7 +81,6 @@ def main(step: EvaluateStep) -> None:
             verify_manifest(path)
         job = EvaluationJob(step)
         items = pd.concat([job.rows(system) for system in job.systems()], ignore_index=True)
-        write_items(items, ITEM_COLUMNS, step.item_scores)
         results = QuantizedResults(
             model=step.model_name,
             model_note=step.model_note,
@@ -95,7 +94,7 @@ def main(step: EvaluateStep) -> None:
             systems=tuple(system.facts() for system in job.deployed),
             measurements=tuple(measure(items)),
         )
-        write_json(step.results, results.model_dump(mode="json"))
+        write_results(results, step.results, items, ITEM_COLUMNS, step.item_scores)
         record.add(task_versions=job.versions, parts_computed=job.computed, parts_kept=job.kept)
         record.write(step.record)
 

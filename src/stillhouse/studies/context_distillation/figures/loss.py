@@ -15,7 +15,7 @@ from stillhouse.config.base import StrictModel
 from stillhouse.reporting.style import condition_style, draw_frame, draw_notice, figure, save_figure
 from stillhouse.runtime.commands import run_step
 from stillhouse.runtime.errors import UserError
-from stillhouse.runtime.files import read_json
+from stillhouse.runtime.files import read_json, verify_manifest
 from stillhouse.studies.context_distillation.comparisons import BASELINE
 
 CROSS_ENTROPY = "ce"  # the term that the study's objective logs
@@ -86,6 +86,7 @@ def read_curves(students: tuple[Path, ...]) -> list[Curves]:
     """The students' curves by model and condition, in the order given; a damaged file is a `UserError`."""
     found: dict[tuple[str, str], dict[int, pd.Series]] = {}
     for student in students:
+        verify_manifest(student, "*.json*")
         settings = read_json(student / "run.json")["settings"]
         key = (Path(settings["model"]).name, settings["condition"])
         found.setdefault(key, {})[settings["seed"]] = read_cross_entropy(student / "metrics.jsonl")

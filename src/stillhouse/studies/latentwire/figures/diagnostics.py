@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 
 from stillhouse.reporting.style import BLACK, GREY, ConditionStyle, draw_frame, draw_notice, figure, save_figure
 from stillhouse.runtime.commands import run_step
-from stillhouse.runtime.files import read_json
+from stillhouse.runtime.files import read_json, verify_manifest
 from stillhouse.studies.latentwire.curves import DIAGNOSTICS_FILE, DiagnosticsRow, ReaderDiagnostics, read_diagnostics
 from stillhouse.studies.latentwire.figures import CurvesStep, channel_styles
 
@@ -72,6 +72,7 @@ def main(step: CurvesStep) -> None:
 
 def read_looks(directory: Path) -> ChannelLooks:
     """The diagnostics that a channel's training left."""
+    verify_manifest(directory, "*.json*")
     settings = read_json(directory / "run.json")["settings"]
     return ChannelLooks(settings["condition"], settings["seed"], read_diagnostics(directory / DIAGNOSTICS_FILE))
 

@@ -13,7 +13,7 @@ from stillhouse.reporting.curves import read_metrics
 from stillhouse.reporting.style import ConditionStyle, draw_frame, figure, save_figure
 from stillhouse.runtime.commands import run_step
 from stillhouse.runtime.errors import UserError
-from stillhouse.runtime.files import read_json
+from stillhouse.runtime.files import read_json, verify_manifest
 from stillhouse.studies.latentwire.figures import CurvesStep, channel_styles
 
 MEASURES = {
@@ -60,6 +60,7 @@ def main(step: CurvesStep) -> None:
 
 def read_channel(directory: Path) -> ChannelCurves:
     """What a channel's training logged; `UserError` where a reader's curve is not in it."""
+    verify_manifest(directory, "*.json*")
     settings = read_json(directory / "run.json")["settings"]
     metrics, readers = read_metrics(directory / "metrics.jsonl"), tuple(settings["names"])
     for column in (f"{name}/{reader}" for name in MEASURES for reader in readers):
