@@ -61,37 +61,39 @@ def end(process: subprocess.Popen[bytes], whole_group: bool) -> None:
 
 
 @pytest.mark.fault(
-    f"kill -9 of the workflow, with or without its jobs, at {KILLS} random moments of one run",
+    "kill -9 of the workflow, with or without its jobs, at random moments",
     "finished folders untouched; results equal to an undisturbed run's, byte for byte",
 )
 def test_a_workflow_killed_again_and_again_ends_with_equal_results(
     tiny_model: Path, tmp_path: Path, record_property: Any
 ) -> None:
+    record_property("fault_cases", KILLS)
     undisturbed = make_workflow(tmp_path / "undisturbed", tiny_model, STUDY)
     started = time.monotonic()
     undisturbed.run(TARGET)
     seconds = time.monotonic() - started
 
-    killed = make_workflow(tmp_path / "killed", tiny_model, STUDY)
     draw = random.Random(SEED)
-    kills, refused = 0, 0
-    for number in range(KILLS):
-        before = finished(killed)
-        process = killed.start(TARGET)
-        try:
-            process.wait(draw.uniform(0, seconds / 3))
-            break  # It got to its end between two kills.
-        except subprocess.TimeoutExpired:
-            end(process, whole_group=number % 2 == 0)
-        kills += 1
-        after = finished(killed)
-        assert before.items() <= after.items(), "a finished folder was made again or lost"
-        if list((killed.directory / ".snakemake" / "locks").glob("*")):
-            again = killed.run(TARGET, check=False)
-            refused += 1
-            assert again.returncode != 0 and "--unlock" in again.stdout + again.stderr
-            killed.run("--unlock")
-    killed.run(TARGET)
-    record_property("fault_cases", kills)
-    assert kills >= KILLS / 4 and refused >= 1
-    assert contents(killed) == contents(undisturbed)
+    kills = refused = folders = 0
+    while kills < KILLS:
+        killed = make_workflow(tmp_path / f"killed_{folders}", tiny_model, STUDY)
+        folders += 1
+        assert folders <= KILLS, "workflows end before they are killed"
+        while kills < KILLS:
+            before = finished(killed)
+            process = killed.start(TARGET)
+            try:
+                process.wait(draw.uniform(0, seconds / 3))
+                break  # It got to its end between two kills: the next ones meet a fresh folder.
+            except subprocess.TimeoutExpired:
+                end(process, whole_group=kills % 2 == 0)
+            kills += 1
+            assert before.items() <= finished(killed).items(), "a finished folder was made again or lost"
+            if list((killed.directory / ".snakemake" / "locks").glob("*")):
+                again = killed.run(TARGET, check=False)
+                refused += 1
+                assert again.returncode != 0 and "--unlock" in again.stdout + again.stderr
+                killed.run("--unlock")
+        killed.run(TARGET)
+        assert contents(killed) == contents(undisturbed)
+    assert refused >= 1
