@@ -12,6 +12,7 @@ from stillhouse.studies.configuration import Configuration, load_configuration
 
 CONFIG = Path(__file__).resolve().parents[2] / "config"
 DEFAULT, AS_PUBLISHED = CONFIG / "config.yaml", CONFIG / "variants" / "as_published.yaml"
+FOUR_GPUS = CONFIG / "variants" / "four_gpus.yaml"
 EXPERIMENTS = sorted((CONFIG / "experiments").glob("*.yaml"))
 
 
@@ -26,6 +27,14 @@ def load(*files: Path) -> Configuration:
 def test_every_experiment_validates_with_and_without_the_published_protocol(file: Path) -> None:
     load(DEFAULT, file)
     assert load(DEFAULT, file, AS_PUBLISHED).context_distillation.evaluation.scorer == "as_published"
+
+
+@pytest.mark.parametrize("file", EXPERIMENTS, ids=lambda file: file.stem)
+def test_every_experiment_can_be_spread_over_four_gpus(file: Path) -> None:
+    spread = load(DEFAULT, file, FOUR_GPUS)
+    assert (spread.resources.training.gpus, spread.resources.evaluation.gpus) == (2, 4)
+    for engine in (spread.context_distillation.evaluation.engine, spread.lora_generation.evaluation.engine):
+        assert engine.tensor_parallel == 4
 
 
 def test_as_published_switches_every_known_mistake_on() -> None:

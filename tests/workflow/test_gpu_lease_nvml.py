@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.workflow import REPOSITORY
 
 FAKE_NVML = """
 from types import SimpleNamespace as Process
@@ -24,6 +27,7 @@ def nvmlDeviceGetComputeRunningProcesses(handle):
     if handle == "GPU-2": raise NVMLError("GPU is lost")
     return [Process(pid=79, usedGpuMemory=1 << 20)]
 """
+LEASE = REPOSITORY / "workflow_scripts/gpu_lease.py"
 
 
 @pytest.fixture
@@ -37,6 +41,22 @@ def nvml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lease_module) -> Itera
 
 
 @pytest.mark.fault("GPU that fell off the bus, before a job starts", "passed over; other devices are leased")
+def test_a_job_is_given_a_device_that_is_neither_occupied_nor_lost(tmp_path: Path, nvml):
+    (tmp_path / "pynvml.py").write_text(FAKE_NVML.format(start="pass"))
+    environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+    environment |= {"PYTHONPATH": str(tmp_path), "STILLHOUSE_LOCK_DIR": str(tmp_path / "leases")}
+
+    def lease(gpus: str) -> subprocess.CompletedProcess[str]:
+        job = ["--timeout", "0", "--", "sh", "-c", "echo $CUDA_VISIBLE_DEVICES"]
+        return subprocess.run(
+            [sys.executable, LEASE, gpus, *job], env=environment, capture_output=True, text=True, timeout=60
+        )
+
+    assert lease("1").stdout.strip() == "GPU-3"
+    two = lease("2")
+    assert two.returncode == 1 and "GPU-2 in use, without a lease" in two.stderr
+
+
 def test_nvml_tells_the_devices_and_which_are_occupied_or_lost(tmp_path: Path, nvml, lease_module):
     (tmp_path / "pynvml.py").write_text(FAKE_NVML.format(start="pass"))
     node = lease_module.find_node()
