@@ -6,7 +6,6 @@ import hashlib
 import json
 import re
 import threading
-import time
 from contextlib import AbstractContextManager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -18,7 +17,8 @@ class HubServer(AbstractContextManager["HubServer"]):
     """Serves `files` of one `repo` at `REVISION`.
 
     `error` makes every answer that X-Error-Code; `break_after` closes each download after that many bytes, so often
-    as `breaks` says; `delay` waits before each piece of 64 KiB.
+    as `breaks` says; `delay` waits before each piece of 64 KiB; requests whose path has
+    `silent` in it are taken and never answered.
     """
 
     def __init__(self, repo: str, files: dict[str, bytes], kind: str = "models") -> None:
@@ -27,6 +27,8 @@ class HubServer(AbstractContextManager["HubServer"]):
         self.break_after: int | None = None
         self.breaks = 0
         self.delay = 0.0
+        self.silent: str | None = None
+        self._closed = threading.Event()
         self.requests: list[tuple[str, str, str | None]] = []
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True)
@@ -37,6 +39,7 @@ class HubServer(AbstractContextManager["HubServer"]):
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self._closed.set()
         self._server.shutdown()
         self._server.server_close()
 
@@ -62,6 +65,10 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
 
         def answer(self, send_body: bool) -> None:
             hub.requests.append((self.command, self.path, self.headers.get("Range")))
+            if hub.silent and hub.silent in self.path:
+                hub._closed.wait()
+                self.close_connection = True
+                return None
             path = self.path.partition("?")[0]
             prefix = "" if hub.kind == "models" else f"{hub.kind}/"
             if hub.error is not None:
@@ -98,7 +105,7 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
                 body = body[: hub.break_after]
                 self.close_connection = True
             for begin in range(0, len(body), 1 << 16):
-                time.sleep(hub.delay)
+                hub._closed.wait(hub.delay)  # Tests take the client its sleep.
                 self.wfile.write(body[begin : begin + (1 << 16)])
 
         def refuse(self, status: int, code: str) -> None:

@@ -7,11 +7,12 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from huggingface_hub import constants, file_download
+from huggingface_hub import close_session, constants, file_download
 
 from stillhouse.assets.fetch import fetch
 from stillhouse.assets.models import wanted_files
@@ -21,6 +22,7 @@ from tests.assets.hub_server import REVISION, HubServer
 from tests.support.tiny_models import word_problems
 
 WEIGHTS = bytes(range(256)) * 2000
+PATIENCE = 1.0
 FILES = {
     "config.json": b"{}",
     "model.safetensors": WEIGHTS,
@@ -72,11 +74,35 @@ def test_a_second_fetch_downloads_nothing(hub: HubServer, tmp_path: Path) -> Non
     assert len(hub.downloads) == before
 
 
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A client that waits for each answer, and each piece of one, PATIENCE seconds instead of ten."""
+    for name in ("HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT"):
+        monkeypatch.setattr(constants, name, PATIENCE)
+    monkeypatch.setattr(file_download, "_ETAG_RETRY_TIMEOUT", PATIENCE)
+    yield
+    close_session()
+
+
 @pytest.mark.fault("hub that answers slowly", "waited for; the files are whole")
-def test_a_slow_hub_is_waited_for(hub: HubServer, tmp_path: Path) -> None:
-    hub.delay = 0.02
+def test_a_hub_that_needs_longer_than_the_client_s_patience_for_a_file_is_waited_for(
+    hub: HubServer, impatient: None, tmp_path: Path
+) -> None:
+    hub.delay = 0.4 * PATIENCE
+    started = time.monotonic()
     folder = fetch("mine", entry(), wanted_files(False), tmp_path / "scratch")
-    assert (folder / "model.safetensors").stat().st_size == len(WEIGHTS)
+    assert time.monotonic() - started > 2 * PATIENCE
+    assert (folder / "model.safetensors").read_bytes() == WEIGHTS
+
+
+@pytest.mark.fault("hub that takes a request and stays silent", "a line that names the source and the ways out")
+@pytest.mark.parametrize("request_for", ["/tree/", "/resolve/"])
+def test_a_silent_hub_is_given_up_and_named(hub: HubServer, impatient: None, tmp_path: Path, request_for: str) -> None:
+    hub.silent = request_for
+    with pytest.raises(UserError, match=r"people/model .*no network: .*set HF_ENDPOINT to a mirror, or .*kind path"):
+        fetch("mine", entry(), ("*.json",), tmp_path / "scratch")
+    hub.silent = None
+    assert names(fetch("mine", entry(), ("*.json",), tmp_path / "scratch")) == ["config.json"]
 
 
 @pytest.mark.fault("hub that breaks off in a file", "continued at the byte where it stopped")

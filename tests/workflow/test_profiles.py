@@ -19,6 +19,8 @@ PLUGINS = {
     "slurm": ("snakemake_executor_plugin_slurm",),
     "kubernetes": ("snakemake_executor_plugin_kubernetes", "snakemake_storage_plugin_s3"),
 }
+# The default configuration runs all five studies, but neither GPTQ and AWQ nor a teacher that is trained itself.
+NOT_BY_DEFAULT = {"llmcompressor_environment", "quantized_distillation_calibrate", "context_distillation_task_teacher"}
 EMPTY_BUCKET = b"<ListBucketResult><IsTruncated>false</IsTruncated><KeyCount>0</KeyCount></ListBucketResult>"
 
 
@@ -63,9 +65,8 @@ def test_a_dry_run_under_each_profile_plans_everything(name: str, tiny_model: Pa
     for plugin in PLUGINS[name]:
         pytest.importorskip(plugin, reason=f"{plugin} is not installed: pip install --no-deps -r envs/cluster.txt")
     workflow: Workflow = make_workflow(tmp_path / "project", tiny_model)
-    planned = workflow.planned("--workflow-profile", f"profiles/{name}")
-    assert planned["context_distillation_train"] == 5
-    assert planned["results_page"] == 1
+    planned = workflow.planned("--workflow-profile", f"profiles/{name}", config="config/config.yaml")
+    assert planned.keys() == rule_texts().keys() - NOT_BY_DEFAULT
 
 
 def test_on_slurm_gpu_jobs_go_to_the_gpu_partition_and_all_others_share_submissions() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -46,9 +47,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("workflow")]
 def test_the_report_opens_in_a_browser_with_every_figure_its_label_and_its_caption(
     finished: Workflow, tmp_path: Path
 ) -> None:
-    browser = shutil.which("chromium") or shutil.which("google-chrome")
-    if browser is None:
-        pytest.skip("no Chromium here: apt-get install chromium")
+    browser = find_browser()
     finished.run("--report", str(tmp_path / "report.zip"))
     with zipfile.ZipFile(tmp_path / "report.zip") as archive:
         archive.extractall(tmp_path)
@@ -58,6 +57,25 @@ def test_the_report_opens_in_a_browser_with_every_figure_its_label_and_its_capti
     for name, view in seen.items():
         assert view["width"] > 300, f"{name} is not drawn"
         assert caption_start(name) in " ".join(view["text"].split()), f"{name} has another caption"
+
+
+def find_browser() -> str:
+    """Chromium; where `CI` is set it is installed if missing, elsewhere the test is skipped."""
+    if not (browser := installed_browser()):
+        install = ["apt-get", "install", "-y", "--no-install-recommends", "chromium"]
+        if not os.environ.get("CI") or not shutil.which("apt-get"):
+            pytest.skip(f"no Chromium here: {' '.join(install)}")
+        environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+        for command in (["apt-get", "update"], install):
+            done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if not (browser := installed_browser()):
+            pytest.skip(f"{' '.join(install)} failed: {done.stderr.strip()[-300:]}")
+    return browser
+
+
+def installed_browser() -> str | None:
+    """Where a browser of Chromium's kind is."""
+    return shutil.which("chromium") or shutil.which("google-chrome")
 
 
 def caption_start(figure: str) -> str:

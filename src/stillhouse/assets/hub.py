@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 import httpx
-from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub import constants, get_session, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -27,6 +27,9 @@ from stillhouse.config.assets import HubSource
 def fetch_from_hub(source: HubSource, repository_type: Literal["model", "dataset"], patterns: Sequence[str]) -> Path:
     """The file, or the folder with the files that match `patterns`, in the hub's cache."""
     where = f"hub repository {source.repo} (revision {source.revision or 'main'})"
+    hooks = get_session().event_hooks
+    if _end_of_patience not in hooks["request"]:
+        get_session().event_hooks = {**hooks, "request": [*hooks["request"], _end_of_patience]}
     try:
         if source.file is not None:
             return Path(hf_hub_download(source.repo, source.file, repo_type=repository_type, revision=source.revision))
@@ -61,6 +64,14 @@ def fetch_from_hub(source: HubSource, repository_type: Literal["model", "dataset
             raise
         # The client's consistency check: a file shorter than the hub said.
         raise SourceError(f"{where}: a file arrived incomplete ({_first_line(error)}): run again") from error
+
+
+def _end_of_patience(request: httpx.Request) -> None:
+    """Give a request that would wait for ever the time of a download: the client lists files without a time limit."""
+    limits: dict[str, float | None] = request.extensions.get("timeout", {})
+    request.extensions["timeout"] = {
+        part: constants.HF_HUB_DOWNLOAD_TIMEOUT if seconds is None else seconds for part, seconds in limits.items()
+    }
 
 
 def _first_line(error: BaseException) -> str:
