@@ -196,10 +196,7 @@ def test_two_processes_train_the_lens_of_one(tiny_model: Path, corpus: Path, tmp
     }
     main(train_step(tiny_model, corpus, tmp_path / "one", **changes))
     step = train_step(tiny_model, corpus, tmp_path / "two", **changes)
-    arguments = dotted_arguments(step.model_dump(mode="json"))
-    programs = forked.start_two("stillhouse.studies.consistency_lens.train", *arguments)
-    done = [program.finish() for program in programs]
-    assert [one.returncode for one in done] == [0, 0], done
+    forked.run_step_in_two("stillhouse.studies.consistency_lens.train", step)
     torch.testing.assert_close(weights(tmp_path / "two"), weights(tmp_path / "one"), atol=1e-4, rtol=1e-3)
     alone, together = (read_metrics(tmp_path / name / "output" / "metrics.jsonl") for name in ("one", "two"))
     for key in ("loss", "validation/loss", "learning_rate/encoder.base"):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from latentwire.tiny_readers import FAMILIES, make_families
 from safetensors.torch import load_file
+from support.forked import run_step_in_two
 from support.tiny_models import make_tiny_sentence_encoder
 
 from stillhouse.config.training import TrackingSettings
@@ -208,3 +209,19 @@ def test_a_missing_cache_of_teachers_is_computed_in_the_step_only_where_asked(ma
     assert train_module.teachers(make_step(losses={"ce": 1.0}), {}) == {}
     with pytest.raises(UserError, match="caches"):
         main(make_step(teacher={"targets": "cached"}))
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("programs")
+def test_two_processes_train_the_channel_of_one(make_step: Step) -> None:
+    """A batch of three splits unevenly; diagnostics are left to one of the two."""
+    changes = {"curriculum": {"latent_dropout": 0.0}}
+    one, two = make_step("one", **changes), make_step("two", **changes)
+    main(one)
+    run_step_in_two("stillhouse.studies.latentwire.train", two)
+    # Attention's key biases have no gradient but rounding, of which Adam makes steps.
+    torch.testing.assert_close(weights(two), weights(one), atol=1e-3, rtol=1e-3)
+    alone, together = (read_metrics(step.output / METRICS_FILE) for step in (one, two))
+    for key in ("loss", "ce/llama", "kd/gemma"):
+        assert [row[key] for row in together] == pytest.approx([row[key] for row in alone], rel=1e-4), key
+    assert len(read_diagnostics(two.output / DIAGNOSTICS_FILE)) == 3

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.forked import run_step_in_two
 
 from stillhouse.config.training import TrackingSettings
 from stillhouse.models.lora import ADAPTER_WEIGHTS
@@ -230,3 +231,18 @@ def test_a_fault_is_named(fault: str, tiny_study: TinyStudy, tmp_path: Path) -> 
     with pytest.raises(UserError, match=message):
         main(step_of(tiny_study, tmp_path, adapters=adapters))
     assert not (tmp_path / "output").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("programs")
+def test_two_processes_train_the_generator_of_one(tiny_study: TinyStudy, tmp_path: Path) -> None:
+    """A batch of three splits unevenly; validation is left to one of the two."""
+    run = {"training": TRAINING | {"batch_size": 3}}
+    one, two = step_of(tiny_study, tmp_path / "one", run), step_of(tiny_study, tmp_path / "two", run)
+    main(one)
+    run_step_in_two("stillhouse.studies.lora_generation.train", two)
+    alone, together = (read_metrics(step.output / "metrics.jsonl") for step in (one, two))
+    for key in ("loss", "delta_w", "validation/loss"):
+        assert [row.get(key) for row in together] == pytest.approx([row.get(key) for row in alone], rel=1e-4), key
+    weights = [load_generator(step.output / "checkpoint-6").state_dict() for step in (one, two)]
+    torch.testing.assert_close(weights[1], weights[0], atol=1e-4, rtol=1e-3, equal_nan=True)

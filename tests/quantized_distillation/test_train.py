@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.forked import run_step_in_two
 from support.tiny_models import make_tiny_llama, word_problems
 
 from stillhouse.config.quantization import WeightFormat
@@ -190,3 +191,20 @@ def test_a_student_without_validation_rows_is_refused(tmp_path: Path) -> None:
 def test_a_group_size_that_does_not_fit_is_refused_before_training(house: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"format\.group_size: 48 does not divide"):
         train.main(step(house, tmp_path, settings(format={"group_size": 48})))
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("programs")
+def test_two_processes_train_the_student_of_one(house: Path, tmp_path: Path) -> None:
+    """A batch of five splits unevenly. Two updates are compared: later a last digit may turn a code, as above."""
+    training = SMALL["training"] | {"batch_size": 5, "lora": {"rank": 4, "alpha": 8, "dropout": 0.0}}
+    one, two = (
+        step(house, tmp_path / name, settings(teacher={"targets": "online"}, training=training))
+        for name in ("one", "two")
+    )
+    train.main(one)
+    run_step_in_two("stillhouse.studies.quantized_distillation.train", two)
+    alone, together = (read_metrics(each.output / "metrics.jsonl") for each in (one, two))
+    assert len(together) == len(alone) == 4
+    assert [row["loss"] for row in together[:2]] == pytest.approx([row["loss"] for row in alone[:2]], rel=1e-4)
+    torch.testing.assert_close(adapter(two.output, 2), adapter(one.output, 2), atol=1e-4, rtol=1e-3)

@@ -24,14 +24,18 @@ STUDY = {
     "seeds": list(SEEDS),
     "defaults": {"training": {"steps": 48, "save_every": 48, "resume_every": 1}},
 }
-EVALUATION = "results/context_distillation/tiny/evaluation"
+RESULTS = "results/context_distillation"
 STUDENT = "context_distillation/tiny/students/baseline/seed_{seed}"
-TARGET, *_ = COMPARED = (f"{EVALUATION}/results.json", f"{EVALUATION}/items.parquet")
+# All that the workflow makes but for records and the page of costs, which hold times.
+COMPARED = tuple(
+    f"{RESULTS}/{name}" for name in ("tiny/evaluation/results.json", "tiny/evaluation/items.parquet", "section.md")
+)
+DRAWN = "results/figures/context_distillation"
 # As shipped, but asking more often: the plugin looks after 40 seconds, which spares a shared controller.
 PROFILE = ("--workflow-profile", "profiles/slurm", "--latency-wait", "1")
 IMPATIENT = ("--slurm-init-seconds-before-status-checks", "8", "--seconds-between-status-checks", "1")
 
-pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.xdist_group("slurm"), pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.xdist_group("slurm"), pytest.mark.timeout(1800)]
 
 
 @dataclass(frozen=True)
@@ -50,11 +54,11 @@ def disturbed(slurm: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFa
     """Jobs that are told to end, cancelled, lost with their node, and preempted; they see four GPUs."""
     folder = tmp_path_factory.mktemp("workflows")
     undisturbed = make_workflow(folder / "undisturbed", tiny_model, STUDY)
-    undisturbed.run(TARGET)
+    undisturbed.run()
     project = make_workflow(folder / "project", tiny_model, STUDY)
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("STILLHOUSE_FAKE_GPUS", ",".join(f"GPU-{number}" for number in range(one_node.GPUS)))
-        process = project.start(TARGET, *PROFILE, *IMPATIENT)
+        process = project.start(*PROFILE, *IMPATIENT)
     try:
         cancelled, lost, terminated = held_in_training(project, process)
         one_node.run("scancel", "--signal=CONT", terminated)
@@ -68,7 +72,7 @@ def disturbed(slurm: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFa
         wait(lambda: continued(project, LOST) == 1, process, f"job {lost} to continue")
         one_node.run("scontrol", "requeue", lost)  # What Slurm does to a job that it preempts.
         start_again(lost, process)
-        assert process.wait(600) == 0, messages(project)
+        assert process.wait(900) == 0, messages(project)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -81,9 +85,11 @@ def test_a_workflow_that_loses_jobs_and_a_node_ends_with_the_results_of_an_undis
     project, undisturbed = disturbed.project, disturbed.undisturbed
     for path in COMPARED:
         assert (project.directory / path).read_bytes() == (undisturbed.directory / path).read_bytes(), path
+    drawn, expected = ({figure.name: figure.read_bytes() for figure in figures(one)} for one in (project, undisturbed))
+    assert drawn == expected != {}
     for seed in SEEDS:
         assert weights(project, seed) == weights(undisturbed, seed) != {}
-    assert project.planned(TARGET) == {}
+    assert project.planned() == {}
 
 
 def test_every_disturbed_training_goes_on_from_its_last_state(disturbed: Disturbed) -> None:
@@ -114,6 +120,18 @@ def test_jobs_ask_for_what_the_profile_says(disturbed: Disturbed) -> None:
     assert training.items() >= {"Partition": "gpu", "TimeLimit": "04:00:00", "MinMemoryNode": "8000M"}.items()
     assert [training[name] for name in training if name.startswith("TresPer")] == ["gres:gpu:1"]
     assert inputs["Partition"] == "cpu" and not [name for name in inputs if name.startswith("TresPer")]
+
+
+def test_small_jobs_share_submissions_through_to_the_results_page(disturbed: Disturbed) -> None:
+    assert "## Context distillation" in (disturbed.project.directory / "results/results.md").read_text()
+    submitted = {path.name for path in (disturbed.project.directory / "logs/slurm").iterdir()}
+    small = {name.removeprefix("group_").partition("_")[0] for name in submitted if name.startswith("group_")}
+    assert small >= {"inputs", "figures", "report"}, submitted
+
+
+def figures(project: Workflow) -> list[Path]:
+    """The figures that a workflow has drawn."""
+    return sorted((project.directory / DRAWN).glob("*.png"))
 
 
 def held_in_training(project: Workflow, process: subprocess.Popen[bytes]) -> list[str]:

@@ -16,7 +16,10 @@ from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
+from pydantic import BaseModel
 from support.warm_python import PRELOADED
+
+from stillhouse.runtime.commands import dotted_arguments
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload([*PRELOADED["stillhouse"], "stillhouse.training.loop"])
@@ -59,6 +62,13 @@ def start_two(module: str, *arguments: object) -> list[Program]:
         "LOCAL_WORLD_SIZE": "2",
     }
     return [start(module, *arguments, **shared, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(2)]
+
+
+def run_step_in_two(module: str, step: BaseModel) -> None:
+    """A step program in two processes, to its end; an assertion says what they said where one fails."""
+    programs = start_two(module, *dotted_arguments(step.model_dump(mode="json")))
+    done = [program.finish() for program in programs]
+    assert [one.returncode for one in done] == [0, 0], done
 
 
 def _run(module: str, arguments: list[str], environment: dict[str, str], folder: Path) -> None:
