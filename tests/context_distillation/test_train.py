@@ -82,6 +82,7 @@ def test_cached_and_online_targets_train_the_same_student(
     assert any(not torch.allclose(weight, alone[name], rtol=1e-2, atol=1e-4) for name, weight in cached.items())
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("programs")
 def test_two_processes_train_the_student_of_one(tiny_model: Path, task_data: Path, tmp_path: Path) -> None:
     """A batch of five splits unevenly, and each process asks the teacher for its own examples."""

@@ -233,7 +233,6 @@ def test_a_fault_is_named(fault: str, tiny_study: TinyStudy, tmp_path: Path) -> 
     assert not (tmp_path / "output").exists()
 
 
-@pytest.mark.slow
 @pytest.mark.xdist_group("programs")
 def test_two_processes_train_the_generator_of_one(tiny_study: TinyStudy, tmp_path: Path) -> None:
     """A batch of three splits unevenly; validation is left to one of the two."""
