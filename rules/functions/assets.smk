@@ -9,16 +9,18 @@ def catalogue_entry(what, name, entries):
     return entry
 
 
+# Files of this machine are inputs, so that an edit is noticed; other sources are pinned by the catalogue. An unknown name
+# has none: an error here would let Snakemake take an old folder of that name, the settings below name what is wrong.
+
+
 def own_model_files(wildcards):
-    """A model of this machine is read anew when one of its files changes; others are pinned by the catalogue."""
-    return catalogue_entry("model", wildcards.model, CONFIGURATION.models).own_files(
-        ["*"]
-    )
+    entry = CONFIGURATION.models.get(wildcards.model)
+    return entry.own_files(["*"]) if entry else []
 
 
 def own_dataset_files(wildcards):
-    entry = catalogue_entry("data set", wildcards.dataset, CONFIGURATION.datasets)
-    return entry.own_files(entry.splits.values())
+    entry = CONFIGURATION.datasets.get(wildcards.dataset)
+    return entry.own_files(entry.splits.values()) if entry else []
 
 
 def model_settings(wildcards):

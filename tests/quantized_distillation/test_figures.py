@@ -11,9 +11,10 @@ from stillhouse.reporting.steps import FigureStep
 from stillhouse.runtime.commands import parse_settings
 from stillhouse.runtime.errors import UserError
 from stillhouse.runtime.files import write_manifest
+from stillhouse.studies.quantized_distillation import heat_maps
 from stillhouse.studies.quantized_distillation.comparisons import load_evaluations, recoverable, recovering
 from stillhouse.studies.quantized_distillation.curves import read_curve
-from stillhouse.studies.quantized_distillation.figures import CurveStep, accuracy, heat_maps, recovered, sweep_lr
+from stillhouse.studies.quantized_distillation.figures import CurveStep, accuracy, recovered, sweep_lr
 from stillhouse.studies.quantized_distillation.grids import SWEPT, grid_over, groups_along, winner
 from tests.quantized_distillation.fake_results import SEEDS, swept, write_evaluation, write_student
 

@@ -128,7 +128,8 @@ def main() -> None:
             arguments.model, arguments.folder, settings, objective, tokenizer=tokenizer, output_dir=staging
         )
     spread = all(isinstance(parameter, DTensor) for parameter in model.parameters())
-    print("processes:", result.processes, *["sharded"] * spread)
+    # In one piece: the processes share a pipe.
+    sys.stdout.write(f"processes: {result.processes}{' sharded' * spread}\n")
 
 
 def _die_while_writing_state(step: int) -> None:

@@ -86,7 +86,7 @@ def test_a_second_run_has_nothing_to_do_and_a_remark_reruns_nothing(project: Wor
         (f"{STUDY}/figures/accuracy.py", {"quantized_distillation_figure": 1}),
         (f"{STUDY}/curves.py", {"quantized_distillation_figure": 1}),
         (f"{STUDY}/tables.py", REPORT),
-        (f"{STUDY}/figures/heat_maps.py", {"quantized_distillation_figure": 2}),
+        (f"{STUDY}/heat_maps.py", {"quantized_distillation_figure": 2}),
         (f"{STUDY}/comparisons.py", {"quantized_distillation_figure": 6, **REPORT}),
         (f"{STUDY}/evaluate.py", AFTER_EXPORT),
         (f"{STUDY}/baselines.py", {}),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from stillhouse.reporting.steps import FigureStep
 from stillhouse.runtime.commands import run_step
-from stillhouse.studies.quantized_distillation.figures.heat_maps import draw_maps
+from stillhouse.studies.quantized_distillation.heat_maps import draw_maps
 
 
 def main(step: FigureStep) -> None:
