@@ -55,6 +55,8 @@ def main(step: CurvesStep) -> None:
             row[-1].set_title(reader, fontsize=9)
         for axes in grid[-1][:-1]:
             axes.set_xlabel("Training step (updates)")
+            # Once every reader is drawn: the panels of a column share the axis.
+            axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
         grid[-1][-1].set_xlabel("Principal components")
         handles, labels = grid[0][-1].get_legend_handles_labels()
         drawing.legend(handles, labels, loc="outside right center", fontsize=8)
@@ -89,7 +91,6 @@ def draw_curves(
         style = styles[one.condition]
         steps = [row.step for row in one.rows]
         axes.plot(steps, [value(row.readers[reader]) for row in one.rows], color=style.colour, marker=style.marker)
-    axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
 
 
 def draw_spectrum(axes: Axes, looks: Sequence[ChannelLooks], reader: str, styles: dict[str, ConditionStyle]) -> None:
