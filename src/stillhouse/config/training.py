@@ -8,7 +8,10 @@ from pydantic import Field, model_validator
 
 from stillhouse.config.base import StrictModel
 
-Precision = Literal["auto", "bf16", "fp32"]
+Precision = Annotated[
+    Literal["auto", "bf16", "fp32"],
+    Field(description="auto: bf16 where the device computes in it, fp32 on other processors."),
+]
 
 
 class LoraSettings(StrictModel):
