@@ -24,11 +24,16 @@ pytestmark = [pytest.mark.faults, pytest.mark.timeout(3600), pytest.mark.xdist_g
 
 
 def contents(workflow: Workflow) -> dict[str, Any]:
-    """The digest of each file of the results and fetched inputs, but for records, which hold times."""
+    """The digest of each file of the results and fetched inputs, but for records and curves, which hold times."""
     digests: dict[str, Any] = {}
     for part in ("results", "resources"):
         for manifest in (workflow.directory / part).rglob(MANIFEST):
-            digests[str(manifest.parent.relative_to(workflow.directory))] = read_json(manifest)["files"]
+            files = {
+                name: file
+                for name, file in read_json(manifest)["files"].items()
+                if name != "metrics.jsonl" and not name.startswith("tensorboard/")
+            }
+            digests[str(manifest.parent.relative_to(workflow.directory))] = files
     for pattern in ("results/figures/**/*.png", "results/**/items.parquet"):
         for path in workflow.directory.glob(pattern):
             digests[str(path.relative_to(workflow.directory))] = sha256_file(path)
