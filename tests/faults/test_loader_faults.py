@@ -63,7 +63,7 @@ def test_a_fetch_killed_at_any_moment_is_finished_by_the_next(tmp_path: Path, co
         seconds = time.monotonic() - started
         expected = verify_manifest(tmp_path / "undisturbed/output")
         met = 0
-        for place, moment in enumerate(random_moments(count, seconds)):
+        for place, moment in enumerate(random_moments(seconds)):
             folder = tmp_path / str(place)
             process = start(hub, folder)
             process.join(moment)
@@ -71,7 +71,10 @@ def test_a_fetch_killed_at_any_moment_is_finished_by_the_next(tmp_path: Path, co
                 os.kill(process.pid, signal.SIGKILL)
             killed = finish(process) != 0
             met += killed
-            assert (folder / "output").exists() != killed
+            # The kill may also come between the move into place and the process' end.
+            assert (folder / "output").exists() or killed
             assert finish(start(hub, folder)) == 0
             assert verify_manifest(folder / "output") == expected
-    assert met >= count / 2, "most of the kills must meet a running process"
+            if met == count:
+                return
+            assert place < 5 * count, "most of the kills must meet a running process"

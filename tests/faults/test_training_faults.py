@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,8 @@ def stop_and_finish(model: Path, folder: Path, undisturbed: Undisturbed, seconds
     checkpoints = numbered_directories(folder / "work", "checkpoint")
     kept = {path: path.stat().st_ino for step, path in checkpoints if step <= last}
     finished_before = (folder / "output").exists()
-    assert finished_before == (status == 0)
+    # The stop may also come between the last move into place and the process' end.
+    assert finished_before or status != 0
     assert trainer.run(model, folder) == 0, trainer.messages(folder)
     assert undisturbed == folder
     if last and not finished_before:
@@ -52,10 +54,11 @@ def stop_and_finish(model: Path, folder: Path, undisturbed: Undisturbed, seconds
     return met
 
 
-def random_moments(count: int, seconds: float) -> list[float]:
+def random_moments(seconds: float) -> Iterator[float]:
     """Moments over the whole life of a process, from its start to its end."""
     draw = random.Random(SEED)
-    return sorted(draw.uniform(0, seconds) for _ in range(count))
+    while True:
+        yield draw.uniform(0, seconds)
 
 
 @pytest.mark.parametrize("count", [3, pytest.param(20, marks=pytest.mark.faults)])
@@ -71,11 +74,12 @@ def test_a_training_stopped_at_any_moment_is_continued(
     tiny_model: Path, tmp_path: Path, undisturbed: Undisturbed, number: int, count: int, record_property: Any
 ) -> None:
     record_property("fault_cases", count)
-    met = [
-        stop_and_finish(tiny_model, tmp_path / str(place), undisturbed, seconds, number)
-        for place, seconds in enumerate(random_moments(count, undisturbed.seconds))
-    ]
-    assert sum(met) >= count / 2, "most of the signals must meet a running process"
+    met = 0
+    for place, seconds in enumerate(random_moments(undisturbed.seconds)):
+        met += stop_and_finish(tiny_model, tmp_path / str(place), undisturbed, seconds, number)
+        if met == count:
+            return
+        assert place < 5 * count, "most of the signals must meet a running process"
 
 
 @pytest.mark.slow
