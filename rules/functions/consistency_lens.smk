@@ -21,9 +21,14 @@ LENS_LAYERS = {
     for model in LENS.models
     for condition in LENS.trained_conditions
 }
-LENS_FIGURES = ["losses", "controls", "best_of_k", "schedules"] + [
-    "variance_by_layer"
-] * (len(LENS_LAYERS) > 1)
+LENS_FIGURES = (
+    "losses",
+    "controls",
+    "best_of_k",
+    "schedules",
+    *["variance_by_layer"] * (len(LENS_LAYERS) > 1),
+    *["sweep"] * bool(LENS.sweeps),
+)
 LENS_TRAINING_FIGURES = ("losses", "schedules")
 
 CONSISTENCY_LENS_TARGETS = {

@@ -8,6 +8,7 @@ CONTEXT_FIGURES = (
     "ablation_curve",
     "ablation_bars",
     "loss",
+    *["sweep"] * bool(CONTEXT.sweeps),
 )
 CONTEXT_DATA = f"{CONTEXT_RESULTS}/data/{CONTEXT.task.dataset}"
 CONTEXT_STUDENTS = [

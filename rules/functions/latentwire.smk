@@ -2,7 +2,14 @@
 
 WIRE = CONFIGURATION.latentwire
 WIRE_RESULTS = "results/latentwire"
-WIRE_FIGURES = ("f1_vs_bytes", "arms", "first_token", "diagnostics", "training")
+WIRE_FIGURES = (
+    "f1_vs_bytes",
+    "arms",
+    "first_token",
+    "diagnostics",
+    "training",
+    *["sweep"] * bool(WIRE.sweeps),
+)
 WIRE_DATA = f"{WIRE_RESULTS}/data/{WIRE.task.dataset}"
 WIRE_CHANNELS = [
     f"{WIRE_RESULTS}/{{pair}}/channels/{condition}/seed_{seed}"

@@ -12,7 +12,14 @@ LORAGEN_GENERATOR = (
     f"{LORAGEN_RESULTS}/{{model}}/generators/{{condition}}/seed_{{seed}}"
 )
 LORAGEN_EVALUATION = f"{LORAGEN_RESULTS}/{{model}}/evaluation"
-LORAGEN_FIGURES = ["accuracy", "delta_map", "ablation", "cosine", "training"]
+LORAGEN_FIGURES = (
+    "accuracy",
+    "delta_map",
+    "ablation",
+    "cosine",
+    "training",
+    *["sweep"] * bool(LORAGEN.sweeps),
+)
 LORAGEN_JOBS = expand(
     LORAGEN_RUNS,
     task=LORAGEN.tasks,

@@ -14,8 +14,8 @@ QUANT_FIGURES = (
     "accuracy",
     "sweep_lr",
     "beta_lambda",
-    "rank_and_format",
     "recovered",
+    *["sweep"] * bool(QUANT.sweeps),
 )
 QUANT_DATA = f"{QUANT_RESULTS}/data/{QUANT.task.dataset}"
 QUANT_STUDENTS = [

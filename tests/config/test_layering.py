@@ -79,6 +79,14 @@ def study(**settings) -> dict:
             "did you mean 'temperature'?",
         ),
         (
+            study(sweeps={"k": {"condition": "online_v1", "axes": {"distillation.top_k": [16, 16]}}}),
+            "'context_distillation.sweeps.k.axes': two points are called 'online_v1+top_k-16': drop one",
+        ),
+        (
+            study(condition_settings={"mine+k-2": {}}),
+            "'context_distillation.condition_settings.mine+k-2': no '+': it parts a sweep's values",
+        ),
+        (
             study(sweeps={"k": {"condition": "online_v1", "axes": {"distillation.topk": [16]}}}),
             "'context_distillation.sweeps.online_v1+topk-16.distillation.topk': unknown key: did you mean 'top_k'?",
         ),

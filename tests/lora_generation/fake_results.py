@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from stillhouse.evaluation.results_files import Interval, Selection, write_results
+from stillhouse.evaluation.results_files import Interval, write_results
 from stillhouse.runtime.files import write_json, write_manifest
 from stillhouse.studies.lora_generation.config import ARMS
 from stillhouse.studies.lora_generation.manifest import AdapterRow
 from stillhouse.studies.lora_generation.results import (
     ITEM_COLUMNS,
     OF_COLLECTION,
+    ChosenGenerator,
     Closeness,
     Clusters,
     GeneratorFacts,
@@ -42,6 +43,7 @@ def write_fake_evaluation(
     weight_only: float | None = None,
     cases: Sequence[int] = CASES,
     seeds: Sequence[int] = SEEDS,
+    conditions: Sequence[str] = CONDITIONS,
 ) -> Path:
     """Write results.json and items.parquet; `generated` is that arm's share of right answers.
 
@@ -52,9 +54,8 @@ def write_fake_evaluation(
     for task in TASKS:
         for arm in arms:
             shards = [None] if arm == "base" else list(cases)
-            conditions = CONDITIONS if arm == "generated" else (None,)
             for case in shards:
-                for condition in conditions:
+                for condition in conditions if arm == "generated" else (None,):
                     for seed in seeds if arm == "generated" else (None,):
                         subject = {
                             "task": task,
@@ -93,7 +94,7 @@ def write_fake_evaluation(
         model="tiny",
         model_note="a tiny model",
         evaluation={"arms": list(arms), "in_context_examples": None, "selection": "validation_loss"},
-        condition="multi_task",
+        condition=conditions[0],
         flagged="exclude",
         loss_tokens="answer",
         probes="generic",
@@ -126,10 +127,12 @@ def write_fake_evaluation(
                 start="mean",
                 apart_from_losses="0",
             )
-            for condition in CONDITIONS
+            for condition in conditions
         ),
         selections=tuple(
-            Selection(condition=condition, seed=seed, step=10) for condition in CONDITIONS for seed in seeds
+            ChosenGenerator(condition=condition, seed=seed, step=10, validation_loss=0.9 - 0.1 * place)
+            for place, condition in enumerate(conditions)
+            for seed in seeds
         ),
         measurements=tuple(measurements),
     )

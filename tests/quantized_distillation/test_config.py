@@ -158,12 +158,13 @@ def test_the_full_size_sweeps_are_the_published_grids() -> None:
         return float(value) if isinstance(value, str) and value[0].isdigit() else value
 
     assert points("beta_lambda", "grid") == [(beta, share) for beta in (0, 0.5, 1) for share in (0, 0.5, 1)]
-    for policy, short in (("off_policy", "off"), ("on_policy", "on")):
+    for policy in ("off_policy", "on_policy"):
         assert points("learning_rate", policy) == [(1e-6,), (5e-6,), (1e-5,), (5e-5,), (1e-4,)]
-        assert points("rank_and_format", f"rank_{short}") == [(4,), (8,), (16,), (32,), (64,)]
-        assert points("rank_and_format", f"format_{short}") == [("int4",), ("nf4",), ("fp4",)]
-        for name, sweep in (("learning_rate", policy), ("rank_and_format", f"rank_{short}")):
-            assert experiment(name).sweeps[sweep].condition == policy
+        assert experiment("learning_rate").sweeps[policy].condition == policy
+    shares = (0, 1)
+    ranks, formats = (4, 8, 16, 32, 64), ("int4", "nf4", "fp4")
+    assert points("rank_and_format", "ranks") == [(rank, share) for rank in ranks for share in shares]
+    assert points("rank_and_format", "formats") == [(kind, share) for kind in formats for share in shares]
     nvfp4 = experiment("rank_and_format").run_settings(FULL_SIZE, "on_policy_nvfp4")
     assert (nvfp4.format.name, nvfp4.distillation.on_policy_share) == ("nvfp4-emulated", 1)
 

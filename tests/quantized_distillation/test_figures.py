@@ -11,14 +11,13 @@ from stillhouse.reporting.steps import FigureStep
 from stillhouse.runtime.commands import parse_settings
 from stillhouse.runtime.errors import UserError
 from stillhouse.runtime.files import write_manifest
-from stillhouse.studies.quantized_distillation import heat_maps
 from stillhouse.studies.quantized_distillation.comparisons import load_evaluations, recoverable, recovering
 from stillhouse.studies.quantized_distillation.curves import read_curve
-from stillhouse.studies.quantized_distillation.figures import CurveStep, accuracy, recovered, sweep_lr
-from stillhouse.studies.quantized_distillation.grids import SWEPT, grid_over, groups_along, winner
+from stillhouse.studies.quantized_distillation.figures import CurveStep, accuracy, recovered
+from stillhouse.studies.quantized_distillation.sweeps import sweeps
 from tests.quantized_distillation.fake_results import SEEDS, swept, write_evaluation, write_student
 
-FROM_EVALUATIONS = ("accuracy", "recovered", "sweep_lr", "beta_lambda", "rank_and_format")
+FROM_EVALUATIONS = ("accuracy", "recovered", "sweep_lr", "beta_lambda", "sweep")
 PACKAGE = "stillhouse.studies.quantized_distillation.figures"
 
 
@@ -41,17 +40,17 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def sweeps(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sweeps_made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return swept(tmp_path_factory.mktemp("sweeps"))
 
 
 @pytest.mark.parametrize("name", FROM_EVALUATIONS)
 def test_a_figure_is_made_of_one_model_of_several_and_of_sweeps(
-    name: str, results: Path, other: Path, sweeps: Path, tmp_path: Path
+    name: str, results: Path, other: Path, sweeps_made: Path, tmp_path: Path
 ) -> None:
     first = draw(name, tmp_path / "a.png", results=[results])
     assert first == draw(name, tmp_path / "b.png", results=[results])
-    for inputs in ([results, other], [sweeps]):
+    for inputs in ([results, other], [sweeps_made]):
         png, svg = draw(name, tmp_path / "c.png", results=inputs)
         assert len(png) > 3000 and svg.startswith(b"<?xml")
 
@@ -84,28 +83,15 @@ def test_a_student_without_its_measures_is_named(tmp_path: Path) -> None:
         read_curve(student)
 
 
-def test_a_sweep_is_drawn_apart_from_other_settings_and_its_winner_is_validations(sweeps: Path) -> None:
-    [evaluation] = load_evaluations([sweeps])
-    off, on = (group for group in groups_along(evaluation, ("learning_rate",)) if len(group) >= 3)
-    assert {cell.at("on_policy_share") for cell in off} == {0.0}
-    assert [winner(group).at("learning_rate") for group in (off, on)] == [1e-4, 1e-4]
-    grid = groups_along(evaluation, ("beta", "on_policy_share"))[0]
-    assert len(grid) == 9
-    assert (winner(grid).at("beta"), winner(grid).at("on_policy_share")) == (0.0, 0.5)
-    assert "λ = 0: 1e-04; λ = 1: 1e-04" in sweep_lr.title([evaluation])
-
-
-def test_ranks_and_formats_have_maps_by_policy_with_their_winners(sweeps: Path) -> None:
-    [evaluation] = load_evaluations([sweeps])
-    grids = [(axes, grid_over(evaluation, axes) or []) for axes in SWEPT["rank_and_format"]]
-    # The rates' middle point is at the rank and in the format that the others leave alone.
-    ranks, formats = ({cell.at(axes[0]) for cell in group} for axes, group in grids)
-    assert ranks == {4, 8, 16} and formats == {"fp4", "int4-g64", "nf4"}
-    assert all(len(group) == 6 for _, group in grids)
-    assert heat_maps.title(grids) == (
-        "Validation picks LoRA rank = 16, λ = 0 (KL 0.042 nats per token); "
-        "weights = nf4, λ = 0 (KL 0.030 nats per token)"
-    )
+def test_each_figure_of_a_sweep_has_its_own_axes_and_validation_s_winner(sweeps_made: Path) -> None:
+    found = sweeps(load_evaluations([sweeps_made]))
+    rates, grid = found.only("learning_rate").grids, found.only("on_policy_share", "beta").grids
+    assert [(one.condition, one.picked) for one in rates] == [
+        ("policy0", "learning_rate = 0.0001"),
+        ("policy1", "learning_rate = 0.0001"),
+    ]
+    assert [(len(one.points), one.picked) for one in grid] == [(9, "beta = 0, on_policy_share = 0.5")]
+    assert {one.axes for one in found.grids} > {("lora_rank",), ("weight_format",)}, "sweep.png has every other one"
 
 
 def test_titles_say_what_came_out(results: Path) -> None:

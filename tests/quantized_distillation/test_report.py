@@ -62,9 +62,7 @@ def test_the_section_says_damage_recovery_and_what_was_not_run(made: Path) -> No
     assert "`awq` was not run for `tiny`: not among the conditions; llmcompressor's AWQ needs a GPU." in text
     assert "too coarse to test the published difference of 0.3 points" in text
     assert "itself a dequantised file" in text and "arc_easy 1.0" in text
-    assert "perplexity_curve.png" in text and "sweep_lr.png" not in text and "rank_and" not in text, (
-        "a figure of a sweep that was not run"
-    )
+    assert "perplexity_curve.png" in text and "sweep" not in text, "a figure of a sweep that was not run"
     names = {path.stem for path in (made / "tables").glob("*.csv")}
     assert names == {"systems", "texts", "tasks", "recovered", "paired", "gaps"}
 
@@ -105,10 +103,10 @@ def test_the_gaps_are_those_of_merging_and_of_conversion(made: Path) -> None:
 
 def test_a_sweep_has_a_table_whose_winner_validation_picks(tmp_path: Path) -> None:
     text = make(swept(tmp_path / "results"), tmp_path)
-    assert all(f"{figure}.png" in text for figure in ("sweep_lr", "beta_lambda", "rank_and_format"))
-    rows = table(tmp_path, "sweep")
-    assert rows[0]["picked"] == "picked" and {row["picked"] for row in rows[1:]} == {""}
-    assert float(rows[0]["validation_kl"]) == min(float(row["validation_kl"]) for row in rows)
+    assert "of 9 points over `grid` validation picks beta = 0, on_policy_share = 0.5." in text
+    rows = [row for row in table(tmp_path, "sweep") if row["condition"] == "grid"]
+    assert [row["picked"] for row in rows] == ["picked", *[""] * 8]
+    assert float(rows[0]["validation"]) == min(float(row["validation"]) for row in rows)
 
 
 def test_a_corrected_run_says_what_it_does_otherwise_than_published(made: Path) -> None:

@@ -12,7 +12,7 @@ from support.workflow import Workflow, merged
 
 CONFIG = "wire.yaml"
 # What `all` would make of this study; results.md belongs to whoever runs all studies.
-FIGURES = ("f1_vs_bytes", "arms", "first_token", "diagnostics", "training")
+FIGURES = ("f1_vs_bytes", "arms", "first_token", "diagnostics", "training", "sweep")
 TARGETS = ("results/latentwire/section.md", *(f"results/figures/latentwire/{figure}.png" for figure in FIGURES))
 TINY_WIRE: dict[str, Any] = {
     "pairs": ["tiny_pair"],

@@ -11,7 +11,7 @@ from support.workflow import Workflow, make_workflow, merged
 
 CONFIG = "tiny.yaml"
 STUDY = "quantized_distillation"
-FIGURES = ("perplexity_curve", "accuracy", "sweep_lr", "beta_lambda", "rank_and_format", "recovered")
+FIGURES = ("perplexity_curve", "accuracy", "sweep_lr", "beta_lambda", "recovered", "sweep")
 TINY_STUDY: dict[str, Any] = {
     "models": ["tiny"],
     "conditions": ["teacher", "ptq", "off_policy", "on_policy"],
@@ -41,7 +41,10 @@ TINY_STUDY: dict[str, Any] = {
         },
     },
     "sweeps": {
-        "policies": {"condition": "off_policy", "axes": {"training.learning_rate": [1e-2], "distillation.beta": [0.0]}}
+        "policies": {
+            "condition": "off_policy",
+            "axes": {"training.learning_rate": [1e-2], "distillation.beta": [0.0, 1.0]},
+        }
     },
     "evaluation": {
         "tasks": {

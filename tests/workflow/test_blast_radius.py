@@ -134,17 +134,23 @@ REACHED_BY: dict[str, str] = {
         "training.sharding training.tracking"
     ),
     "evaluate": (
-        "config.evaluation config.references config.runs config.sweeps evaluation.engines "
+        "config.evaluation config.references config.runs evaluation.engines "
         "evaluation.engines.base evaluation.engines.checks evaluation.engines.transformers_engine "
         "evaluation.engines.vllm_cpu_lora evaluation.engines.vllm_engine evaluation.instruction_following "
         "evaluation.perplexity evaluation.scorers study.config study.evaluate"
     ),
-    "evaluate figures report": ("evaluation evaluation.results_files evaluation.statistics study.results"),
-    "figures": ("study.figures.ablation_bars study.figures.ablation_curve study.figures.loss study.figures.summary"),
-    "figures report": (
-        "reporting reporting.steps reporting.style study.comparisons study.figures study.figures.checkpoint_curve"
+    "evaluate figures report": (
+        "config.sweeps evaluation evaluation.results_files evaluation.statistics study.results"
     ),
-    "report": ("reporting.tables study.report study.tables"),
+    "figures": (
+        "study.figures.ablation_bars study.figures.ablation_curve study.figures.loss study.figures.summary "
+        "study.figures.sweep"
+    ),
+    "figures report": (
+        "reporting reporting.steps reporting.style reporting.sweeps reporting.tables study.comparisons study.figures "
+        "study.figures.checkpoint_curve study.sweeps"
+    ),
+    "report": ("study.report study.tables"),
 }
 STEPS = {
     "split": ["data.split"],
@@ -152,7 +158,8 @@ STEPS = {
     "train": ["study.train"],
     "evaluate": ["study.evaluate"],
     "figures": [
-        f"study.figures.{name}" for name in ("summary", "checkpoint_curve", "ablation_curve", "ablation_bars", "loss")
+        f"study.figures.{name}"
+        for name in ("summary", "checkpoint_curve", "ablation_curve", "ablation_bars", "loss", "sweep")
     ],
     "report": ["study.report"],
 }

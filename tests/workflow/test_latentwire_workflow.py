@@ -11,8 +11,8 @@ from support.workflow import Workflow, make_workflow
 
 STUDY = "src/stillhouse/studies/latentwire"
 REPORT = {"latentwire_report": 1}
-AFTER_EVALUATION = {"latentwire_figure": 3, **REPORT}
-AFTER_TRAINING = {"latentwire_evaluate": 1, "latentwire_figure": 5, **REPORT}
+AFTER_EVALUATION = {"latentwire_figure": 4, **REPORT}
+AFTER_TRAINING = {"latentwire_evaluate": 1, "latentwire_figure": 6, **REPORT}
 TRAIN = {"latentwire_train": 3, **AFTER_TRAINING}
 CACHES = {"latentwire_teacher_cache": 2}
 

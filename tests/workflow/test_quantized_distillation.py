@@ -15,8 +15,8 @@ REPORT = {"quantized_distillation_report": 1, "results_page": 1}
 AFTER_EVALUATION = {"quantized_distillation_figure": 5, **REPORT}
 AFTER_EXPORT = {"quantized_distillation_evaluate": 1, **AFTER_EVALUATION}
 TRAIN = {
-    "quantized_distillation_train": 3,
-    "quantized_distillation_export": 3,
+    "quantized_distillation_train": 4,
+    "quantized_distillation_export": 4,
     **AFTER_EXPORT,
     "quantized_distillation_figure": 6,
 }
@@ -52,11 +52,13 @@ def test_every_figure_and_table_is_made_of_all_systems(run_once: Workflow) -> No
             assert (results / f"figures/quantized_distillation/{figure}.{suffix}").stat().st_size > 1000
     evaluation = results / "quantized_distillation/tiny/evaluation"
     found = json.loads((evaluation / "results.json").read_text())
-    swept = "off_policy+learning_rate-0.01+beta-0.0"
-    assert found["conditions"] == ["teacher", "ptq", "off_policy", "on_policy", swept]
+    swept = [f"off_policy+learning_rate-0.01+beta-{beta}" for beta in ("0.0", "1.0")]
+    assert found["conditions"] == ["teacher", "ptq", "off_policy", "on_policy", *swept]
     assert all(one["validation_kl"] > 0 for one in found["systems"] if one["checkpoint_step"])
     assert found["task_versions"] == {"arc_easy": "1.0", "winogrande": "1.0"}
     items = pd.read_parquet(evaluation / "items.parquet")
+    by_kl = {one["condition"]: one["validation_kl"] for one in found["systems"] if one["condition"] in swept}
+    assert f"beta = {min(by_kl, key=by_kl.get)[-3]}." in page, "the page names the point that validation picks"
     assert (items[items.condition == "teacher"].dropna(subset=["kl"]).kl.abs() < 1e-4).all()
     assert set(items[items.condition == "on_policy"].variant) == {"deployed", "merged", "beside"}
     counts = items[items.condition == "ptq"].groupby("name").size()
@@ -86,7 +88,7 @@ def test_a_second_run_has_nothing_to_do_and_a_remark_reruns_nothing(project: Wor
         (f"{STUDY}/figures/accuracy.py", {"quantized_distillation_figure": 1}),
         (f"{STUDY}/curves.py", {"quantized_distillation_figure": 1}),
         (f"{STUDY}/tables.py", REPORT),
-        (f"{STUDY}/heat_maps.py", {"quantized_distillation_figure": 2}),
+        (f"{STUDY}/sweeps.py", {"quantized_distillation_figure": 3, **REPORT}),
         (f"{STUDY}/comparisons.py", {"quantized_distillation_figure": 6, **REPORT}),
         (f"{STUDY}/evaluate.py", AFTER_EXPORT),
         (f"{STUDY}/baselines.py", {}),
@@ -113,7 +115,7 @@ def test_a_changed_task_file_reruns_the_evaluation(project: Workflow) -> None:
             {"defaults": {"training": {"learning_rate": 1e-4}}},
             {**TRAIN, "quantized_distillation_train": 2} | {"quantized_distillation_export": 2},
         ),
-        ({"export": {"selection": "last"}}, {"quantized_distillation_export": 4, **AFTER_EXPORT}),
+        ({"export": {"selection": "last"}}, {"quantized_distillation_export": 5, **AFTER_EXPORT}),
         ({"baselines": {"samples": 3}}, {}),
     ],
 )

@@ -60,8 +60,15 @@ class ConditionRuns(Generic[Run]):
         return laid_over(self.subject_defaults(subject), ("condition_settings", condition), overrides)
 
     def check_condition_names(self) -> None:
-        """Refuse conditions, named or swept, that are declared nowhere, and names that no folder may have."""
+        """Refuse conditions that are declared nowhere, names that no folder may have, and points of one name."""
         check_path_names("condition_settings", self.condition_settings)
+        for name in self.condition_settings:
+            if "+" in name:
+                raise SettingError(("condition_settings", name), "no '+': it parts a sweep's values")
+        for key, sweep in self.sweeps.items():
+            names = [point.name for point in sweep.points()]
+            if repeated := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+                raise SettingError(("sweeps", key, "axes"), f"two points are called '{repeated[0]}': drop one")
         valid = [*self.untrained, *self.condition_settings]
         for name in (*self.conditions, *(sweep.condition for sweep in self.sweeps.values())):
             if name not in valid:

@@ -47,5 +47,11 @@ class Sweep(StrictModel):
         return points
 
 
+def swept_values(name: str) -> tuple[str, tuple[tuple[str, str], ...]]:
+    """The condition that a point's name begins with, and each axis with its value; no axes for a plain condition."""
+    condition, *labels = name.split("+")
+    return condition, tuple((axis, value) for axis, _, value in (label.partition("-") for label in labels))
+
+
 def _path_safe(value: Any) -> str:
     return re.sub(r"[^A-Za-z0-9.-]", "-", str(value))

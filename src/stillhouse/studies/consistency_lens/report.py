@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from stillhouse.reporting.steps import ReportStep
+from stillhouse.reporting.sweeps import Sweeps
 from stillhouse.reporting.tables import Table, format_estimate, write_table
 from stillhouse.runtime.commands import run_step
 from stillhouse.runtime.files import atomic_write_text, staged_directory
@@ -24,6 +25,7 @@ from stillhouse.studies.consistency_lens.comparisons import (
     variance_explained,
 )
 from stillhouse.studies.consistency_lens.results import CONTROLS, MEAN
+from stillhouse.studies.consistency_lens.sweeps import sweeps
 from stillhouse.studies.consistency_lens.tables import best_of_table, checkpoint_table, control_table, lens_table
 
 FIGURES = {
@@ -63,15 +65,16 @@ COLLAPSED = 0.5
 
 def main(step: ReportStep) -> None:
     """Write the tables and the section."""
-    chosen = subjects(load_evaluations(step.results))
+    evaluations = load_evaluations(step.results)
+    chosen, swept = subjects(evaluations), sweeps(evaluations)
     tables = [lens_table(chosen), control_table(chosen), best_of_table(chosen), checkpoint_table(chosen)]
     with staged_directory(step.tables) as directory:
-        for table in tables:
+        for table in [*tables, *swept.tables()]:
             write_table(table, directory)
-    atomic_write_text(step.section, section(chosen, tables))
+    atomic_write_text(step.section, section(chosen, tables, swept))
 
 
-def section(chosen: Sequence[Subject], tables: Sequence[Table]) -> str:
+def section(chosen: Sequence[Subject], tables: Sequence[Table], swept: Sweeps) -> str:
     """The study's section in Markdown."""
     lenses, controls, best_of, checkpoints = (table.to_markdown() for table in tables)
     figures = FIGURES | (BY_LAYER if len({subject.facts.layer for subject in chosen}) > 1 else {})
@@ -91,6 +94,7 @@ def section(chosen: Sequence[Subject], tables: Sequence[Table]) -> str:
         "\n".join(f"- *{LABELS[name]}*: {text}." for name, text in CONTROLS.items()),
         links,
         *(["### Best of K", best_of] if any(subject.sample_counts for subject in chosen) else []),
+        *swept.section(),
         "### Checkpoints",
         f"<details><summary>Every checkpoint</summary>\n\n{checkpoints}\n</details>",
         "### Data, models and protocol",

@@ -128,13 +128,17 @@ class ModelResults(StrictModel):
         return str(self.evaluation["split"])
 
     def headline(self, variant: str = LENS) -> list[Measurement]:
+        """One measurement per condition and seed on the evaluation's split, in the configured order."""
+        return self.chosen(self.split, variant)
+
+    def chosen(self, split: str, variant: str = LENS) -> list[Measurement]:
         """One measurement per condition and seed: the selected checkpoint's, in the configured order."""
         steps = {(choice.condition, choice.seed): choice.step for choice in self.selections}
         order = [facts.condition for facts in self.lenses]
         chosen = [
             one
             for one in self.measurements
-            if one.variant == variant and one.split == self.split and one.step == steps[one.condition, one.seed]
+            if one.variant == variant and one.split == split and one.step == steps[one.condition, one.seed]
         ]
         return sorted(chosen, key=lambda one: (order.index(one.condition), one.seed))
 

@@ -30,6 +30,7 @@ from stillhouse.studies.context_distillation.comparisons import (
 )
 from stillhouse.studies.context_distillation.figures.checkpoint_curve import chosen_by
 from stillhouse.studies.context_distillation.results import Evaluation, ModelResults
+from stillhouse.studies.context_distillation.sweeps import sweeps
 from stillhouse.studies.context_distillation.tables import (
     checkpoint_table,
     gap_table,
@@ -82,7 +83,7 @@ def main(step: ReportStep) -> None:
     tables = [headline_table(evaluations), gap_table(evaluations), paired_table(pairs), checkpoint_table(evaluations)]
     transfer = transfer_table(evaluations)
     with staged_directory(step.tables) as directory:
-        for table in [*tables, *([transfer] if transfer else [])]:
+        for table in [*tables, *([transfer] if transfer else []), *sweeps(evaluations).tables()]:
             write_table(replace(table, caption=table.caption + data_note(evaluations)), directory)
     atomic_write_text(step.section, section(evaluations, pairs, tables, transfer))
 
@@ -110,6 +111,7 @@ def section(
         paired,
         links,
         *(["### Transfer", transfer.to_markdown()] if transfer else []),
+        *sweeps(evaluations).section(),
         "### Checkpoints",
         f"<details><summary>Every checkpoint</summary>\n\n{checkpoints}\n</details>",
         "### Data, models and protocol",

@@ -35,6 +35,7 @@ from stillhouse.studies.latentwire.comparisons import (
 )
 from stillhouse.studies.latentwire.config import Arm
 from stillhouse.studies.latentwire.results import AGREEMENT, Evaluation
+from stillhouse.studies.latentwire.sweeps import sweeps
 
 FIGURES = {
     "f1_vs_bytes": "F1 against the bytes that are sent, latents and texts on the same axes",
@@ -88,7 +89,7 @@ def main(step: ReportStep) -> None:
         channels_table(evaluations),
     ]
     with staged_directory(step.tables) as directory:
-        for table in tables:
+        for table in [*tables, *sweeps(evaluations).tables()]:
             write_table(table, directory)
     atomic_write_text(step.section, section(evaluations, tables))
 
@@ -267,6 +268,7 @@ def section(evaluations: Sequence[Evaluation], tables: Sequence[Table]) -> str:
         combined,
         "### Channels",
         channels,
+        *sweeps(evaluations).section(),
         "### Data, models and protocol",
         "\n".join(f"- {note}" for note in notes(evaluations)),
         "The same tables as CSV and LaTeX: [tables/latentwire](tables/latentwire).",

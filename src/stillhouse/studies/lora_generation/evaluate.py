@@ -17,7 +17,7 @@ import pandas as pd
 
 from stillhouse.config.base import StrictModel
 from stillhouse.config.training import Precision
-from stillhouse.evaluation.results_files import Selection, write_part, write_results
+from stillhouse.evaluation.results_files import write_part, write_results
 from stillhouse.models.lora_tensors import adapter_digest, read_adapter
 from stillhouse.models.precision import resolve_precision
 from stillhouse.runtime.code_digests import code_digests
@@ -38,6 +38,7 @@ from stillhouse.studies.lora_generation.generators import load_generator
 from stillhouse.studies.lora_generation.results import (
     ITEM_COLUMNS,
     OF_COLLECTION,
+    ChosenGenerator,
     GeneratorFacts,
     Measurement,
     ModelResults,
@@ -265,19 +266,24 @@ class EvaluationJob:
         return self.styles[entry.subject.task] == "worked"
 
 
-def select_checkpoint(generator: Path, rule: str) -> Selection:
+def select_checkpoint(generator: Path, rule: str) -> ChosenGenerator:
     """The checkpoint that is scored: lowest loss on the validation shards (ties: the earlier), or the last."""
     settings = _record(generator)["settings"]
     steps = sorted(int(path.name.partition("-")[2]) for path in generator.glob("checkpoint-*"))
     chosen = steps[-1]
+    rows = {int(row["step"]): row for row in read_metrics(generator / METRICS_FILE)}
     if rule == "validation_loss":
-        rows = {int(row["step"]): row for row in read_metrics(generator / METRICS_FILE)}
         if missing := [step for step in steps if VALIDATION_LOSS not in rows.get(step, {})]:
             raise UserError(
                 f"{generator / METRICS_FILE}: has no {VALIDATION_LOSS} of step {missing[0]}: train it again"
             )
         chosen = min(steps, key=lambda step: (rows[step][VALIDATION_LOSS], step))
-    return Selection(condition=settings["condition"], seed=settings["seed"], step=chosen)
+    return ChosenGenerator(
+        condition=settings["condition"],
+        seed=settings["seed"],
+        step=chosen,
+        validation_loss=rows.get(chosen, {}).get(VALIDATION_LOSS),
+    )
 
 
 def _record(generator: Path) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from stillhouse.studies.lora_generation.comparisons import (
 )
 from stillhouse.studies.lora_generation.config import Arm
 from stillhouse.studies.lora_generation.results import Evaluation
+from stillhouse.studies.lora_generation.sweeps import sweeps
 from stillhouse.studies.lora_generation.tables import all_tables
 
 FIGURES = {
@@ -102,7 +103,7 @@ def main(step: ReportStep) -> None:
     evaluations = load_evaluations(step.results)
     tables = all_tables(evaluations)
     with staged_directory(step.tables) as directory:
-        for table in tables:
+        for table in [*tables, *sweeps(evaluations).tables()]:
             write_table(table, directory)
     atomic_write_text(step.section, section(evaluations, tables))
 
@@ -125,6 +126,7 @@ def section(evaluations: Sequence[Evaluation], tables: Sequence[Table]) -> str:
         shown["ablation"],
         shown["clusters"],
         f"<details><summary>Every teacher adapter</summary>\n\n{shown['teachers']}\n</details>",
+        *sweeps(evaluations).section(),
         "### Data, models and protocol",
         _listed(note for one in evaluations for note in notes(one)),
         _listed([*CORRECTIONS, *protocol(evaluations)]),

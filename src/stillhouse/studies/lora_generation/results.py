@@ -116,6 +116,12 @@ class TaskFacts(StrictModel):
     items: int
 
 
+class ChosenGenerator(Selection):
+    """The checkpoint that is scored. validation_loss: there, on the validation shards, where there are any."""
+
+    validation_loss: float | None = None
+
+
 class GeneratorFacts(StrictModel):
     """What the tables say of a condition. adapters: those that it learns from. apart_from_losses: of all its settings.
 
@@ -154,7 +160,7 @@ class ModelResults(StrictModel):
     points: tuple[Point, ...]
     clusters: Clusters
     generators: tuple[GeneratorFacts, ...]
-    selections: tuple[Selection, ...]
+    selections: tuple[ChosenGenerator, ...]
     measurements: tuple[Measurement, ...]
 
     def generator(self, condition: str) -> GeneratorFacts:

@@ -23,8 +23,8 @@ from stillhouse.studies.quantized_distillation.comparisons import (
     seed_count,
     text_measures,
 )
-from stillhouse.studies.quantized_distillation.grids import SWEPT, grid_over
 from stillhouse.studies.quantized_distillation.results import PTQ, TEACHER, QuantizedEvaluation, SystemFacts
+from stillhouse.studies.quantized_distillation.sweeps import sweeps
 from stillhouse.studies.quantized_distillation.tables import (
     OFF_POLICY,
     ON_POLICY,
@@ -37,9 +37,6 @@ FIGURES = {
     "recovered": "The share of the gap between ptq and the teacher that each condition closed",
     "perplexity_curve": "Perplexity and KL from the teacher while students learn",
     "accuracy": "Every system on every task",
-    "sweep_lr": "Learning rates",
-    "beta_lambda": "Beta and lambda",
-    "rank_and_format": "LoRA ranks and weight formats, by policy",
 }
 HEADINGS = {
     "systems": "What was evaluated",
@@ -48,7 +45,6 @@ HEADINGS = {
     "recovered": "How much of the damage was closed",
     "paired": "Paired comparisons",
     "gaps": "From training to deployment",
-    "sweep": "Sweep",
 }
 QUESTION = (
     "A model's weights are rounded to four bits. Does training the rounded student on its own samples (on-policy) "
@@ -81,16 +77,14 @@ def main(step: ReportStep) -> None:
     evaluations = load_evaluations(step.results)
     tables = all_tables(evaluations)
     with staged_directory(step.tables) as directory:
-        for table in tables:
+        for table in [*tables, *sweeps(evaluations).tables()]:
             write_table(table, directory)
     atomic_write_text(step.section, section(evaluations, tables))
 
 
 def section(evaluations: Sequence[QuantizedEvaluation], tables: Sequence[Table]) -> str:
     """The study's section in Markdown."""
-    swept = {name for name in SWEPT if any(grid_over(one, axes) for one in evaluations for axes in SWEPT[name])}
-    drawn = [name for name in FIGURES if name not in SWEPT or name in swept]
-    links = "\n".join(f"![{FIGURES[name]}](figures/quantized_distillation/{name}.png)\n" for name in drawn)
+    links = "\n".join(f"![{text}](figures/quantized_distillation/{name}.png)\n" for name, text in FIGURES.items())
     shown = [part for table in tables for part in (f"### {HEADINGS[table.name]}", folded(table))]
     parts = [
         "## Quantised distillation",
@@ -99,6 +93,7 @@ def section(evaluations: Sequence[QuantizedEvaluation], tables: Sequence[Table])
         "\n".join(f"- {sentence}" for one in evaluations for sentence in findings(one)),
         links,
         *shown,
+        *sweeps(evaluations).section(),
         "### Data, models and protocol",
         "\n".join(f"- {note}" for note in notes(evaluations)),
         "The same tables as CSV and LaTeX: [tables/quantized_distillation](tables/quantized_distillation).",

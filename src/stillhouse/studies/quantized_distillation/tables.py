@@ -21,16 +21,14 @@ from stillhouse.studies.quantized_distillation.comparisons import (
     task_measures,
     text_measures,
 )
-from stillhouse.studies.quantized_distillation.grids import cells, winner
 from stillhouse.studies.quantized_distillation.results import PTQ, TEACHER, QuantizedEvaluation, Variant
 
 ON_POLICY, OFF_POLICY = "on_policy", "off_policy"
-SWEPT = ("weight_format", "learning_rate", "beta", "on_policy_share", "lora_rank")
 
 
 def all_tables(evaluations: Sequence[QuantizedEvaluation]) -> list[Table]:
     """Every table of the study, in the section's order."""
-    tables = [
+    return [
         systems_table(evaluations),
         texts_table(evaluations),
         tasks_table(evaluations),
@@ -38,7 +36,6 @@ def all_tables(evaluations: Sequence[QuantizedEvaluation]) -> list[Table]:
         paired_table(evaluations),
         gaps_table(evaluations),
     ]
-    return [*tables, sweep_table(evaluations)] if any("+" in c for e in evaluations for c in conditions(e)) else tables
 
 
 def conditions(evaluation: QuantizedEvaluation) -> tuple[str, ...]:
@@ -254,33 +251,6 @@ def gaps_table(evaluations: Sequence[QuantizedEvaluation]) -> Table:
         "Q(W) + BA; and its converted weights against the fake-quantised ones."
     )
     return Table("gaps", caption, columns, tuple(rows))
-
-
-def sweep_table(evaluations: Sequence[QuantizedEvaluation]) -> Table:
-    """Every trained condition by the KL that picks the winner."""
-    rows: list[tuple[Cell, ...]] = []
-    for one in evaluations:
-        found = cells(one)
-        best = winner(found)
-        for cell in sorted(found, key=lambda cell: cell.validation_kl):
-            axes = [
-                cell.at(axis) for axis in ("weight_format", "learning_rate", "beta", "on_policy_share", "lora_rank")
-            ]
-            kl = estimate(one, cell.condition, text_measures(one)[1])
-            rows.append((one.results.model, *axes, cell.validation_kl, "picked" if cell is best else None, kl))
-    columns = (
-        Column("model"),
-        Column("weight_format", heading="weights"),
-        Column("learning_rate", "number", 6, "learning rate"),
-        Column("beta", "number", 2, "β"),
-        Column("on_policy_share", "number", 2, "λ"),
-        Column("lora_rank", "integer", heading="LoRA rank"),
-        Column("validation_kl", "number", 4, "KL, validation"),
-        Column("picked", heading="winner"),
-        Column("test_kl", "estimate", 4, "KL on the first text"),
-    )
-    caption = "Every trained condition, the lowest KL on validation first; the test column picks nothing."
-    return Table("sweep", caption, columns, tuple(rows))
 
 
 def _scaled(value: Estimate | None, measure: Measure) -> Estimate | None:
