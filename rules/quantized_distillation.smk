@@ -8,7 +8,7 @@ include: "functions/quantized_distillation.smk"
 rule llmcompressor_environment:
     """Build the environment of the calibrated baselines: what differs from ours, over ours."""
     input:
-        requirements="envs/llmcompressor.txt",
+        requirements=local("envs/llmcompressor.txt"),  # a source, which travels with the job
     output:
         directory(LLMCOMPRESSOR),
     log:
@@ -95,8 +95,6 @@ rule quantized_distillation_export:
         "logs/quantized_distillation/{model}/exported/{condition}/seed_{seed}.log",
     benchmark:
         "logs/benchmarks/quantized_distillation/{model}/exported/{condition}/seed_{seed}.jsonl"
-    wildcard_constraints:
-        condition=r"(?!(?:gptq|awq)/)[^/]+",
     conda:
         "../envs/stillhouse.yaml"
     threads: 1
@@ -112,21 +110,23 @@ rule quantized_distillation_export:
         "{params.settings:q} 2>&1 | tee {log:q}"
 
 
+ruleorder: quantized_distillation_calibrate > quantized_distillation_export
+
+
 rule quantized_distillation_calibrate:
     """Round the base with GPTQ or AWQ on calibration data, in llmcompressor's own environment."""
     input:
         unpack(quant_calibrate_inputs),
     output:
-        directory(f"{QUANT_RESULTS}/{{model}}/exported/{{condition}}/seed_0"),
+        # In the pattern itself: a storage provider's path loses what stands under wildcard_constraints.
+        directory(f"{QUANT_RESULTS}/{{model}}/exported/{{condition,gptq|awq}}/seed_0"),
     log:
         "logs/quantized_distillation/{model}/exported/{condition}/seed_0.log",
     benchmark:
         "logs/benchmarks/quantized_distillation/{model}/exported/{condition}/seed_0.jsonl"
-    wildcard_constraints:
-        condition="gptq|awq",
     conda:
         "../envs/stillhouse.yaml"
-    threads: RESOURCES.evaluation.threads
+    threads: 1  # one column after another: a second thread costs more than it gives
     resources:
         gpu=1,
         mem_mb=RESOURCES.evaluation.memory_mb,
@@ -137,7 +137,7 @@ rule quantized_distillation_calibrate:
         code=code_digests("stillhouse.studies.quantized_distillation.baselines"),
     shell:
         f"{LEASE} --at-most {{resources.gpu}} -- "
-        "{input.environment:q}/bin/python -m stillhouse.studies.quantized_distillation.baselines {params.inputs:q} output={output:q} "
+        "env PYTHONPATH={input.environment:q}${{PYTHONPATH:+:$PYTHONPATH}} python -m stillhouse.studies.quantized_distillation.baselines {params.inputs:q} output={output:q} "
         "{params.settings:q} 2>&1 | tee {log:q}"
 
 

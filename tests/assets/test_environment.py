@@ -1,7 +1,8 @@
-"""An environment over ours sees our packages, and its own before them."""
+"""A folder of packages over ours: what runs with it sees its packages first, and ours after them."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import zipfile
@@ -36,9 +37,8 @@ def test_its_own_packages_stand_before_ours(tmp_path: Path) -> None:
     requirements.write_text(f"{wheel(tmp_path, 'yaml', 'WHOSE = 9')}\n{wheel(tmp_path, 'only_there', 'X = 1')}\n")
     main(EnvironmentStep(requirements=requirements, output=tmp_path / "environment"))
     script = "import numpy, only_there, yaml; print(yaml.WHOSE, only_there.X, numpy.__version__)"
-    done = subprocess.run(
-        [tmp_path / "environment/bin/python", "-c", script], capture_output=True, text=True, check=True
-    )
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "environment")}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment)
     import numpy as np
     import yaml
 
@@ -51,6 +51,7 @@ def test_a_package_that_is_not_there_is_named_in_one_line(tmp_path: Path) -> Non
     requirements.write_text(f"{tmp_path / 'missing-1.0-py3-none-any.whl'}\n")
     with pytest.raises(UserError, match=r"pip.*missing-1\.0.*run again"):
         main(EnvironmentStep(requirements=requirements, output=tmp_path / "environment"))
+    assert not (tmp_path / "environment").exists()
 
 
 def test_the_pins_leave_ours_as_they_are() -> None:

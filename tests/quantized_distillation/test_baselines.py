@@ -7,6 +7,7 @@ they cannot be had.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -41,7 +42,7 @@ NEEDS_A_GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available()
 @pytest.fixture(scope="session")
 def llmcompressor(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The environment that has llmcompressor."""
-    if (BUILT_BY_THE_WORKFLOW / "bin/python").exists():
+    if BUILT_BY_THE_WORKFLOW.exists():
         return BUILT_BY_THE_WORKFLOW
     output = tmp_path_factory.mktemp("environments") / "llmcompressor"
     try:
@@ -80,8 +81,9 @@ def test_calibrated_weights_are_read_back_and_nearer_to_the_model_than_rounding_
         "precision": "fp32",
     }
     module = "stillhouse.studies.quantized_distillation.baselines"
-    python = llmcompressor / "bin/python"
-    subprocess.run([python, "-m", module, *(f"{key}={value}" for key, value in settings.items())], check=True)
+    arguments = [f"{key}={value}" for key, value in settings.items()]
+    path = os.pathsep.join([str(llmcompressor), *filter(None, [os.environ.get("PYTHONPATH")])])
+    subprocess.run([sys.executable, "-m", module, *arguments], check=True, env=os.environ | {"PYTHONPATH": path})
     assert read_json(tmp_path / method / "run.json")["calibration_tokens"] == 16 * 64
 
     # On the CPU, wherever they were calibrated.

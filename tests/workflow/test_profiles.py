@@ -19,8 +19,8 @@ PLUGINS = {
     "slurm": ("snakemake_executor_plugin_slurm",),
     "kubernetes": ("snakemake_executor_plugin_kubernetes", "snakemake_storage_plugin_s3"),
 }
-# The default configuration runs all five studies, but neither GPTQ and AWQ nor a teacher that is trained itself.
-NOT_BY_DEFAULT = {"llmcompressor_environment", "quantized_distillation_calibrate", "context_distillation_task_teacher"}
+# The default configuration runs all five studies, but no teacher that is trained itself.
+NOT_BY_DEFAULT = {"context_distillation_task_teacher"}
 EMPTY_BUCKET = b"<ListBucketResult><IsTruncated>false</IsTruncated><KeyCount>0</KeyCount></ListBucketResult>"
 
 

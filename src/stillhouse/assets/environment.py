@@ -1,14 +1,13 @@
-"""Step program: an environment over ours, for a library whose pins exclude what ours holds.
+"""Step program: packages over ours, for a library whose pins exclude what ours holds.
 
-The new environment sees every package of the one that runs this program, torch in its build for this machine included,
-and its own pinned packages first. So it takes seconds and a few megabytes.
+They lie in a plain folder, which PYTHONPATH puts before every package of the environment that runs the workflow: torch
+in its build for this machine stays ours. So it takes seconds and a few megabytes, and can travel to another machine.
 """
 
 from __future__ import annotations
 
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 from typing import Annotated
 
@@ -17,7 +16,7 @@ from pydantic import Field
 from stillhouse.config.base import StrictModel
 from stillhouse.runtime.commands import run_step
 from stillhouse.runtime.errors import UserError
-from stillhouse.runtime.files import disk_errors
+from stillhouse.runtime.files import staged_directory
 from stillhouse.runtime.logs import logger
 
 
@@ -29,18 +28,12 @@ class EnvironmentStep(StrictModel):
 
 
 def main(step: EnvironmentStep) -> None:
-    """Make the environment at its final place: its programs know their path. Raises `UserError` with pip's reason."""
-    python = step.output / "bin/python"
-    with disk_errors(step.output):
-        run([sys.executable, "-m", "venv", "--clear", "--without-pip", str(step.output)])
-        pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps"]
-        run([*pip, "--disable-pip-version-check", "--requirement", str(step.requirements)])
-        own = Path(sysconfig.get_path("purelib", vars={"base": str(step.output)}))
-        # addsitedir, unlike a bare path, also follows the .pth files there: those of editable installations.
-        ours = sorted({sysconfig.get_path(name) for name in ("purelib", "platlib")})
-        lines = [f"import site; site.addsitedir({path!r})\n" for path in ours]
-        (own / "zz_underlying_environment.pth").write_text("".join(lines), encoding="utf-8")
-    logger.info("%s: %d packages over those of %s", step.output, len(list(own.glob("*.dist-info"))), sys.prefix)
+    """Install the list into a folder of its own, whole or not at all. Raises `UserError` with pip's reason."""
+    with staged_directory(step.output) as folder:
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--disable-pip-version-check"]
+        run([*pip, "--target", str(folder), "--requirement", str(step.requirements)])
+        count = len(list(folder.glob("*.dist-info")))
+    logger.info("%s: %d packages over those of %s", step.output, count, sys.prefix)
 
 
 def run(command: list[str]) -> None:

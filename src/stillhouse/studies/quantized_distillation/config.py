@@ -120,7 +120,7 @@ class QuantizedDistillationConfig(StrictModel, ConditionRuns[RunSettings]):
 # SmolLM2's packaged weights come from an asymmetric 4-bit grid of group 32, on which rounding shows no gap at all:
 # symmetric groups of 64 do. The learning rate is for a few steps; hundreds want far less.
 EMBEDDED: Overrides = {
-    "conditions": ["teacher", "ptq", "off_policy", "on_policy"],
+    "conditions": ["teacher", "ptq", "gptq", "off_policy", "on_policy"],
     "task": {
         "train": {"source": "train", "size": 128},
         "validation": {"source": "train", "size": 16},

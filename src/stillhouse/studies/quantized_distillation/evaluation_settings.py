@@ -37,7 +37,7 @@ def calibration_objection(method: CalibratedMethod, machine: Machine) -> str | N
 
 
 AWQ_NEEDS_A_GPU = "llmcompressor's AWQ needs a GPU"
-GPTQ_COSTS = "calibration takes minutes, and an environment of its own for llmcompressor"
+GPTQ_COSTS = "it takes calibration, and an environment of its own for llmcompressor"
 
 
 def reasons_not_run(conditions: Collection[str]) -> dict[str, str]:
