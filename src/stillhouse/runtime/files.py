@@ -68,8 +68,9 @@ def atomic_write_bytes(path: Path, data: bytes) -> None:
     atomic_write_chunks(path, (data,))
 
 
-def atomic_write_chunks(path: Path, chunks: Iterable[bytes]) -> None:
-    """`atomic_write_bytes` of content that comes in pieces, one in memory at a time."""
+def atomic_write_chunks(path: Path, chunks: Iterable[bytes]) -> int:
+    """`atomic_write_bytes` of content that comes in pieces, one in memory at a time; returns how many they were."""
+    written = 0
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -77,6 +78,7 @@ def atomic_write_chunks(path: Path, chunks: Iterable[bytes]) -> None:
             with os.fdopen(handle, "wb") as stream:
                 for chunk in chunks:
                     stream.write(chunk)
+                    written += 1
                 stream.flush()
                 os.fsync(stream.fileno())
             # mkstemp makes private files; a result is as readable as any other file of the user.
@@ -85,6 +87,7 @@ def atomic_write_chunks(path: Path, chunks: Iterable[bytes]) -> None:
         except BaseException:
             Path(name).unlink(missing_ok=True)
             raise
+    return written
 
 
 def atomic_write_text(path: Path, text: str) -> None:
