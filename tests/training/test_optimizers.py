@@ -72,8 +72,9 @@ def test_a_schedule_scales_a_group_and_freezes_it_where_it_has_no_value() -> Non
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_lent_weights_are_copied_in_fp32_before_their_first_update_and_once() -> None:
-    base = nn.Linear(3, 2).to(torch.bfloat16).requires_grad_(False)
+@pytest.mark.parametrize("kept_in", [torch.bfloat16, torch.float32])
+def test_lent_weights_are_copied_in_fp32_before_their_first_update_and_once(kept_in: torch.dtype) -> None:
+    base = nn.Linear(3, 2).to(kept_in).requires_grad_(False)
     lent = {name: nn.Parameter(own.detach(), requires_grad=False) for name, own in base.named_parameters()}
     before = {name: own.clone() for name, own in base.named_parameters()}
     frozen_in = (1, 3)
