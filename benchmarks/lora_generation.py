@@ -23,7 +23,7 @@ from stillhouse.models.loading import frozen, load_model, load_tokenizer
 from stillhouse.models.lora_tensors import AdapterTensors, model_layout
 from stillhouse.studies.lora_generation.deltas import Probes, base_activation, delta_activation
 from stillhouse.studies.lora_generation.probes import ProbeSettings
-from stillhouse.training.adapter_batch import AdapterBatch, AdapterExamples, AdapterLosses
+from stillhouse.training.adapter_batch import AdapterBatch, AdapterLosses, AdapterSequences
 from stillhouse.training.loop import train
 
 TARGETS = ("q_proj", "v_proj")
@@ -140,7 +140,7 @@ def trained(model: PreTrainedModel, examples: list[list[Sequence]], scale: Scale
         train(
             batch,
             AdapterLosses([str(number) for number in range(len(examples))]),
-            AdapterExamples(examples),
+            AdapterSequences(examples),
             settings,
             work_dir=Path(folder) / "work",
             output_dir=Path(folder) / "output",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import gzip
 import json
+import tracemalloc
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import pytest
 
 from stillhouse.assets import datasets
 from stillhouse.assets.answers import final_answer
+from stillhouse.assets.datasets import normalise_dataset
 from stillhouse.assets.materialise import DatasetStep, main
 from stillhouse.assets.records import Instruction, Passage, ReadingQuestion, VerifiableInstruction
 from stillhouse.config.assets import DatasetEntry, PathSource, Task
@@ -211,6 +214,37 @@ def test_a_text_file_holds_a_document_per_line(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.txt", "a.parquet", "a.arrow", "requests.jsonl"])
+def test_a_corpus_is_read_and_written_a_few_documents_at_a_time(tmp_path: Path, name: str) -> None:
+    """4,000 documents, 16 MB."""
+    texts = [f"{number} " + "x" * 4000 for number in range(4000)]
+    source = tmp_path / name
+    rows = [{"text": text} for text in texts]
+    if name == "a.txt":
+        source.write_text("\n".join(texts))
+    elif name == "a.parquet":
+        pq.write_table(pa.Table.from_pylist(rows), source)
+    elif name == "a.arrow":
+        table = pa.Table.from_pylist(rows)
+        with pa.OSFile(str(source), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table, max_chunksize=500)
+    else:
+        asked = [{"doc": row, "native_id": number} for number, row in enumerate(rows)]
+        write_jsonl(source, asked if name.startswith("requests") else rows)
+        if name.endswith(".gz"):
+            source.write_bytes(gzip.compress(source.read_bytes(), compresslevel=1))
+    (tmp_path / "out").mkdir()
+    entry = step(source, tmp_path, "text", "passages", train="*").entry
+    tracemalloc.start()
+    counts = normalise_dataset("mine", entry, source, tmp_path / "out")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert counts == {"train": 4000}
+    # Tables come in batches of 1,024 rows.
+    assert peak < (7_000_000 if name.endswith((".parquet", ".arrow")) else 3_000_000)
+    assert [passage.text for passage in read_records(tmp_path / "out/train.jsonl", Passage)] == texts
+
+
 def test_a_reader_of_another_task_is_refused(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", GSM8K)
     with pytest.raises(UserError, match=r"a\.jsonl:1: the reader yields .* the task wants id, text: make reader and"):
@@ -291,11 +325,11 @@ def test_ids_that_repeat_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(path: Path, text: str) -> None:
+    def full(path: Path, chunks: Iterable[bytes]) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     source = write_jsonl(tmp_path / "in/a.jsonl", GSM8K)
-    monkeypatch.setattr(datasets, "atomic_write_text", full)
+    monkeypatch.setattr(datasets, "atomic_write_chunks", full)
     with pytest.raises(UserError, match="the disk is full"):
         main(step(source, tmp_path / "out"))
     assert [path.name for path in tmp_path.iterdir()] == ["in"]

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+import tracemalloc
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 
-from stillhouse.data.records import Passage, read_passages
+from stillhouse.data.records import Passage, read_passages, write_records
 from stillhouse.models.loading import load_tokenizer
 from stillhouse.runtime.errors import UserError
 from stillhouse.runtime.files import read_json, write_manifest
+from stillhouse.studies.consistency_lens import tokens
+from stillhouse.studies.consistency_lens.config import TokenSettings
 from stillhouse.studies.consistency_lens.data import (
     ActivationData,
     CachedExamples,
@@ -23,7 +26,7 @@ from stillhouse.studies.consistency_lens.data import (
 )
 from stillhouse.studies.consistency_lens.run_settings import PositionSettings
 from stillhouse.studies.consistency_lens.shards import ShardContent, ShardPlan, build_shards, plan_shards
-from stillhouse.studies.consistency_lens.tokens import without_duplicates
+from stillhouse.studies.consistency_lens.tokens import TokensStep, without_duplicates
 from tests.consistency_lens.conftest import Artefacts
 from tests.consistency_lens.corpus import activation_settings, tokenise
 
@@ -57,11 +60,59 @@ def test_a_repeated_text_stays_in_the_held_out_split_alone() -> None:
         "test": [Passage("f", "same")],
     }
     kept = without_duplicates(passages)
-    assert {split: [p.id for p in own] for split, own in kept.items()} == {
+    assert {split: [passages[split][row].id for row in rows] for split, rows in kept.items()} == {
         "train": ["b"],
         "validation": ["e"],
         "test": ["f"],
     }
+
+
+def test_tokenising_drops_repeated_texts_and_keeps_the_order(artefacts: Artefacts, tmp_path: Path) -> None:
+    """As a set of all texts finds them."""
+    texts = [f"Ada has {number % 23} apples and {number % 7} books" for number in range(300)]
+    held_out = {"test": texts[5:20], "validation": texts[15:40]}
+    (tmp_path / "data").mkdir()
+    for split, own in {"train": texts, **held_out}.items():
+        write_records(tmp_path / "data" / f"{split}.jsonl", (Passage(f"{split}-{n}", t) for n, t in enumerate(own)))
+    write_manifest(tmp_path / "data")
+    tokenised = tokenise(artefacts.model, tmp_path / "data", tmp_path / "tokens")
+    tokenizer = load_tokenizer(artefacts.model)
+    seen: set[str] = set()
+    for split in ("test", "validation", "train"):
+        expected = []
+        for passage in read_passages(tmp_path / "data" / f"{split}.jsonl"):
+            if passage.text not in seen:
+                expected.append((passage.id, tokenizer(passage.text).input_ids[:64]))
+            seen.add(passage.text)
+        shards = Shards(tokenised, split)
+        assert [(shards.document_id(n), shards.token_ids(n).tolist()) for n in range(len(shards))] == expected
+    assert read_json(tokenised / "run.json")["duplicates"] == {"train": 300 - 161 + 35, "validation": 5, "test": 0}
+
+
+def test_tokenising_holds_the_text_of_one_shard(artefacts: Artefacts, tmp_path: Path) -> None:
+    def most_memory(name: str, sizes: dict[str, int], letters: int) -> int:
+        data = tmp_path / name / "data"
+        data.mkdir(parents=True)
+        for split, count in sizes.items():
+            passages = (Passage(f"{split}-{n}", f"{split} {n} " + "apple " * (letters // 6)) for n in range(count))
+            write_records(data / f"{split}.jsonl", passages)
+        write_manifest(data)
+        step = TokensStep(
+            model=artefacts.model,
+            data=data,
+            output=tmp_path / name / "tokens",
+            work=tmp_path / name / "work",
+            tokens=TokenSettings(max_length=16, shard_documents=50),
+        )
+        tracemalloc.start()
+        tokens.main(step)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return peak
+
+    alone = most_memory("small", {"train": 4, "validation": 2, "test": 2}, 60)
+    # 8 MB of text, 0.4 MB a shard.
+    assert most_memory("large", {"train": 800, "validation": 100, "test": 100}, 8000) - alone < 2_000_000
 
 
 def test_tokenising_again_gives_the_same_bytes(artefacts: Artefacts, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from stillhouse.studies.consistency_lens.data import Example
 from stillhouse.studies.consistency_lens.model import Lens
 from stillhouse.studies.consistency_lens.objective import LensObjective
 from stillhouse.studies.consistency_lens.run_settings import LensSchedules, LossSettings
+from stillhouse.training.optimizers import ParameterGroup, build_optimizer, set_learning_rate
 from tests.consistency_lens.lenses import (
     documents,
     lens_batch,
@@ -42,6 +43,14 @@ EVERYTHING: dict[str, Any] = {
         "output_layer": 1,
         **{part: {"trained": True} for part in ("base", "embeddings")},
     },
+}
+# The same parts, all frozen at first; decoder.prompt learns from the start.
+LATER: dict[str, Any] = {
+    role: {
+        name: part | {"unfreezing": "0, hold 1e, linear to 1 over 1e"} if isinstance(part, dict) else part
+        for name, part in parts.items()
+    }
+    for role, parts in EVERYTHING.items()
 }
 
 
@@ -154,6 +163,18 @@ def test_frozen_weights_are_one_copy_in_memory_and_trained_parts_are_their_own(m
     assert all(parameter.requires_grad for parameter in lens.decoder.parameters())
 
 
+def test_a_part_that_learns_later_lies_in_the_original_s_memory(model_dir: Path) -> None:
+    lens = tiny_lens(model_dir, **LATER)
+    parts = lens.part_parameters()
+    for name in ("decoder.base", "decoder.embeddings", "decoder.output_head", "encoder.base"):
+        for path, own in parts[name].items():
+            original = lens.original.get_parameter(path.partition(".base.")[2])
+            assert own is not original and own.data_ptr() == original.data_ptr() and not own.requires_grad
+    frozen_lens = tiny_lens(model_dir, encoder={"prompt_text": "It says <text>", "output_layer": 1})
+    memory = [{own.data_ptr(): own.nbytes for own in each.parameters()} for each in (lens, frozen_lens)]
+    assert len(memory[0]) == len(memory[1]) and sum(memory[0].values()) == sum(memory[1].values())
+
+
 def test_parts_are_told_apart_by_module(model_dir: Path) -> None:
     lens = tiny_lens(model_dir, **EVERYTHING)
     parts = lens.part_parameters()
@@ -219,6 +240,17 @@ def test_a_checkpoint_restores_the_lens(model_dir: Path, activations: Tensor, tm
     assert load_file(tmp_path / "model.safetensors")
 
 
+def test_a_checkpoint_with_half_a_part_is_refused(model_dir: Path, tmp_path: Path) -> None:
+    lens = tiny_lens(model_dir, **LATER)
+    learnt = {name: own.detach().clone() for name, own in lens.trained_parameters() if own.requires_grad}
+    save_file(learnt, tmp_path / "model.safetensors")
+    Lens.load(model_dir, tmp_path, lens_settings(**LATER), "fp32", "cpu")
+    name, half = next(iter(lens.part_parameters()["encoder.base"].items()))
+    save_file(learnt | {name: half.detach().clone()}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="is of a lens that trains other parts, or of another model"):
+        Lens.load(model_dir, tmp_path, lens_settings(**LATER), "fp32", "cpu")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -268,6 +300,43 @@ def test_frozen_weights_in_8_bit_are_shared_and_gradients_pass_through_them(tiny
     assert decoder.dtype == torch.float32 and decoder.requires_grad
     lens.reconstruct(lens.explain(torch.randn(2, 32)).embeddings).square().sum().backward()
     assert decoder.grad is not None and lens.decoder.projection.weight.grad is not None
+
+
+def test_in_8_bit_a_part_that_learns_later_is_in_full_precision_once_for_both_roles(tiny_model: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    lens = tiny_lens(tiny_model, frozen_8bit=True, **LATER)
+    [original, decoder, encoder] = (
+        base.model.layers[0].mlp.up_proj.weight for base in (lens.original, lens.decoder.base, lens.encoder.base)
+    )
+    assert original.dtype == torch.int8 and decoder.dtype == torch.float32
+    assert decoder.data_ptr() == encoder.data_ptr() != original.data_ptr()
+
+
+@pytest.mark.slow
+def test_a_compiled_part_goes_on_with_its_own_weights_once_it_learns(
+    tiny_model: Path, activations: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    plain, compiled = (perturbed(tiny_lens(tiny_model, compile=switch, **LATER)) for switch in (False, True))
+
+    def computed(lens: Lens) -> tuple[Tensor, dict[str, Tensor]]:
+        torch.manual_seed(3)
+        reconstruction = lens.reconstruct(lens.explain(activations).embeddings)
+        lens.zero_grad()
+        reconstruction.square().sum().backward()
+        return reconstruction, {n: own.grad.clone() for n, own in lens.trained_parameters() if own.grad is not None}
+
+    torch.testing.assert_close(computed(compiled), computed(plain), atol=1e-4, rtol=1e-4)
+    for lens in (plain, compiled):
+        groups = [ParameterGroup(n, own, schedule=lambda step: 1.0) for n, own in lens.part_parameters().items()]
+        optimizer = build_optimizer(groups, 1e-2, 0.0)
+        set_learning_rate(optimizer, 1e-2, step=1)
+        with torch.no_grad():
+            lens.decoder.base.model.layers[0].mlp.up_proj.weight.add_(0.3)
+    found, expected = computed(compiled), computed(plain)
+    assert any(name.startswith("decoder.base.model.layers.1") for name in expected[1])
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.slow

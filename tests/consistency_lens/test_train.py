@@ -165,24 +165,8 @@ def test_a_part_is_frozen_until_its_epoch_and_then_warms_up(tiny_model: Path, co
     untouched = Lens.build(tiny_model, step.run.lens, "fp32", "cpu").part_parameters()["encoder.base"]
     # Blocks after the output layer never learn; the first one does once it is unfrozen.
     name = "encoder.base.model.layers.0.mlp.up_proj.weight"
-    assert torch.equal(weights(tmp_path, 4)[name], untouched[name])
+    assert name not in weights(tmp_path, 4)
     assert not torch.equal(weights(tmp_path, 8)[name], untouched[name])
-
-
-def test_an_unfrozen_run_resumes_across_the_unfreezing(tiny_model: Path, corpus: Path, tmp_path: Path) -> None:
-    late = {"trained": True, "unfreezing": "0, hold 3s, linear to 1 over 2s"}
-    changes = {"lens": {"decoder": {"base": late, "output_head": late}}}
-    main(train_step(tiny_model, corpus, tmp_path / "whole", **changes))
-    step = train_step(tiny_model, corpus, tmp_path / "parts", **changes)
-    main(step)
-    [work] = (tmp_path / "parts" / "work").iterdir()
-    # Back to the state before the unfreezing, as a crash after step 5 leaves it.
-    for name in ("state-6", "state-4"):
-        for path in sorted((work / name).glob("*")):
-            path.unlink()
-        (work / name).rmdir()
-    main(train_step(tiny_model, corpus, tmp_path / "parts", **changes))
-    assert_bit_equal(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
 
 
 @pytest.mark.slow

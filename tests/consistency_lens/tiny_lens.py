@@ -35,23 +35,26 @@ def run_settings(**changes: Any) -> RunSettings:
     return RunSettings.model_validate(settings | changes)
 
 
-def train_lens(artefacts: Artefacts, activations: Path, folder: Path, seed: int = 1, **changes: Any) -> Path:
-    """Train a lens, in `folder/lenses/lens/seed_<seed>`."""
-    output = folder / "lenses" / "lens" / f"seed_{seed}"
-    train.main(
-        TrainStep(
-            model=artefacts.model,
-            activations=activations,
-            output=output,
-            work=folder / "work",
-            condition="lens",
-            seed=seed,
-            run=run_settings(**changes),
-            tracking=TrackingSettings(),
-            trust_remote_code=False,
-        )
+def training_step(artefacts: Artefacts, activations: Path, folder: Path, seed: int = 1, **changes: Any) -> TrainStep:
+    """The step that trains a lens, in `folder/lenses/lens/seed_<seed>`."""
+    return TrainStep(
+        model=artefacts.model,
+        activations=activations,
+        output=folder / "lenses" / "lens" / f"seed_{seed}",
+        work=folder / "work",
+        condition="lens",
+        seed=seed,
+        run=run_settings(**changes),
+        tracking=TrackingSettings(),
+        trust_remote_code=False,
     )
-    return output
+
+
+def train_lens(artefacts: Artefacts, activations: Path, folder: Path, seed: int = 1, **changes: Any) -> Path:
+    """Train a lens; returns where it lies."""
+    step = training_step(artefacts, activations, folder, seed, **changes)
+    train.main(step)
+    return step.output
 
 
 def evaluation_step(

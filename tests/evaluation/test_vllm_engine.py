@@ -22,7 +22,7 @@ from stillhouse.config.evaluation import EngineSettings, GenerationSettings
 from stillhouse.evaluation.engines import open_engine
 from stillhouse.evaluation.engines.vllm_engine import objection
 from tests.evaluation.adapters import make_adapter
-from tests.support.tiny_models import make_tiny_llama
+from tests.support.tiny_models import make_tiny_llama, spread_logits
 
 pytestmark = [
     pytest.mark.vllm,
@@ -45,10 +45,7 @@ def make_servable_llama(directory: Path, seed: int) -> Path:
     make_tiny_llama(directory)
     torch.manual_seed(seed)
     model = LlamaForCausalLM(LlamaConfig.from_pretrained(directory, head_dim=32))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.mul_(5.0)
+    spread_logits(model)
     model.save_pretrained(directory)
     return directory
 

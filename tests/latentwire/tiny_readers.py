@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from support.tiny_models import make_tiny_llama, make_tiny_tokenizer
+from support.tiny_models import make_tiny_llama, make_tiny_tokenizer, spread_logits
 from tokenizers.processors import TemplateProcessing
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
 
@@ -42,10 +42,7 @@ def make_tiny_gemma(directory: Path, vocab_size: int = 320) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         model = Gemma3ForCausalLM(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.mul_(5.0)
+    spread_logits(model)
     model.save_pretrained(directory)
     made = make_tiny_tokenizer(vocab_size)
     made.backend_tokenizer.post_processor = TemplateProcessing(

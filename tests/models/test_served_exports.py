@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.tiny_models import make_tiny_tokenizer, tiny_llama_config
+from support.tiny_models import make_tiny_tokenizer, spread_logits, tiny_llama_config
 from transformers import LlamaForCausalLM
 
 from stillhouse.config.quantization import WeightFormat
@@ -49,10 +49,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config.hidden_size, config.intermediate_size, config.head_dim = 128, 256, 32
     torch.manual_seed(0)
     model = LlamaForCausalLM(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.mul_(5.0)
+    spread_logits(model)
     model.save_pretrained(directory)
     make_tiny_tokenizer().save_pretrained(directory)
     write_manifest(directory)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from stillhouse.runtime.files import write_manifest
 
@@ -86,6 +86,14 @@ def tiny_llama_config(vocab_size: int = 384) -> LlamaConfig:
     )
 
 
+def spread_logits(model: PreTrainedModel) -> None:
+    """Enlarge the matrices beyond the default initialisation: logits differ enough for greedy decoding to be clear."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(5.0)
+
+
 def make_tiny_llama(directory: Path, vocab_size: int = 384, seed: int = 0, chat_template: bool = True) -> Path:
     """Write the tiny model, its tokenizer and a manifest to `directory`, which is made and returned."""
     directory = Path(directory)
@@ -93,12 +101,7 @@ def make_tiny_llama(directory: Path, vocab_size: int = 384, seed: int = 0, chat_
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(tiny_llama_config(vocab_size))
-    # Larger than the default initialisation, so that logits differ enough for greedy decoding to be
-    # unambiguous.
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.mul_(5.0)
+    spread_logits(model)
     model.save_pretrained(directory)
     tokenizer = make_tiny_tokenizer(vocab_size)
     if not chat_template:

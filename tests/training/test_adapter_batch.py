@@ -17,8 +17,8 @@ from stillhouse.models.lora_tensors import AdapterTensors, model_layout, read_ad
 from stillhouse.runtime.errors import UserError
 from stillhouse.training.adapter_batch import (
     AdapterBatch,
-    AdapterExamples,
     AdapterLosses,
+    AdapterSequences,
     checkpoint_adapter,
     initial_a,
 )
@@ -61,7 +61,7 @@ def trained(model: Path, directory: Path, shards: Sequence[int], budget: int = 4
     train(
         batch,
         AdapterLosses([f"shard_{number}" for number in shards]),
-        AdapterExamples([shard(number) for number in shards]),
+        AdapterSequences([shard(number) for number in shards]),
         SETTINGS.model_copy(update={"micro_batch_tokens": budget}),
         work_dir=directory / "work",
         output_dir=directory / "out",

@@ -72,6 +72,34 @@ def test_a_schedule_scales_a_group_and_freezes_it_where_it_has_no_value() -> Non
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("kept_in", [torch.bfloat16, torch.float32])
+def test_lent_weights_are_copied_in_fp32_before_their_first_update_and_once(kept_in: torch.dtype) -> None:
+    base = nn.Linear(3, 2).to(kept_in).requires_grad_(False)
+    lent = {name: nn.Parameter(own.detach(), requires_grad=False) for name, own in base.named_parameters()}
+    before = {name: own.clone() for name, own in base.named_parameters()}
+    frozen_in = (1, 3)
+    group = ParameterGroup("late", lent, schedule=lambda step: None if step in frozen_in else 1.0)
+    optimizer = build_optimizer([group], 0.1, 0.0)
+    set_learning_rate(optimizer, 0.1, step=1)
+    optimizer.step()
+    assert all(own.data_ptr() == base.get_parameter(name).data_ptr() for name, own in lent.items())
+    assert not any(optimizer.state.values())
+
+    places: list[set[int]] = []
+    for step in (2, 3, 4):
+        set_learning_rate(optimizer, 0.1, step)
+        places.append({own.data_ptr() for own in lent.values()})
+        if step == 2:
+            for name, own in lent.items():
+                assert own.dtype == torch.float32 and torch.equal(own, before[name].float())
+        for own in lent.values():
+            own.grad = torch.ones_like(own) if own.requires_grad else None
+        optimizer.step()
+    assert places[0] == places[1] == places[2] != {own.data_ptr() for own in base.parameters()}
+    assert all(torch.equal(own, before[name]) for name, own in base.named_parameters())
+    assert not any(torch.equal(own, before[name].float()) for name, own in lent.items())
+
+
 def test_the_fused_update_is_that_of_one_tensor_after_another() -> None:
     drawing = torch.Generator().manual_seed(0)
     start = {"weight": torch.randn(8, 4, generator=drawing), "bias": torch.randn(4, generator=drawing)}

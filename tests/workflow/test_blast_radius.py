@@ -112,7 +112,7 @@ REACHED: dict[str, tuple[Any, set[str]]] = {
 }
 # Each module that a step of the study reaches, under the rules whose jobs a change of its code makes again.
 REACHED_BY: dict[str, str] = {
-    "split": ("data.split data.splits"),
+    "split": ("data.record_files data.split data.splits"),
     "split teacher_cache train evaluate": (
         "assets assets.answers assets.records config.assets data data.records runtime.code_digests "
         "runtime.device_usage runtime.digests runtime.records"

@@ -1,6 +1,7 @@
 """Data sets as JSONL with one schema per task (`assets.records`), one file per published split.
 
 A reader knows the fields of one family of files; formats (JSONL, JSON, Parquet, Arrow, text, gzip) are told by suffix.
+Rows are read and written a few at a time; only a JSON file that is one list is read whole.
 Request files of evaluation harnesses, which hold the raw record as `doc`, are unwrapped and their repetitions
 dropped. `assets.choice_readers` has the readers of multiple-choice sets.
 """
@@ -11,8 +12,9 @@ import gzip
 import json
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, fields
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,10 @@ from stillhouse.assets.records import RECORD_OF_TASK, RecordType, checked
 from stillhouse.config.assets import DatasetEntry
 from stillhouse.config.layering import nearest
 from stillhouse.runtime.errors import UserError
-from stillhouse.runtime.files import atomic_write_text
+from stillhouse.runtime.files import atomic_write_chunks, reading_errors
 from stillhouse.runtime.logs import logger
+
+BATCH_ROWS = 1024
 
 Row = dict[str, Any]
 
@@ -42,24 +46,26 @@ def normalise_dataset(name: str, entry: DatasetEntry, source: Path, output: Path
         files = [source] if source.is_file() else sorted(source.glob(pattern))
         if not files:
             raise UserError(f"datasets.{name}.splits.{split}: no file of {source} matches '{pattern}'")
-        lines = []
-        for where, identity, row in _identified_rows(files, split):
-            where = f"datasets.{name}: {where}"
-            values = _read(READERS[entry.reader], row, where)
-            record = checked(_record(RECORD_OF_TASK[entry.task], {"id": identity, **values}, where), where)
-            lines.append(json.dumps(asdict(record), ensure_ascii=False))
-        if not lines:
+        counts[split] = atomic_write_chunks(output / f"{split}.jsonl", _normalised_lines(name, entry, files, split))
+        if not counts[split]:
             raise UserError(f"datasets.{name}.splits.{split}: is empty: {files[0].name} holds no rows")
-        atomic_write_text(output / f"{split}.jsonl", "\n".join(lines) + "\n")
-        counts[split] = len(lines)
-        logger.info("%s: %d examples in the published %s split", name, len(lines), split)
+        logger.info("%s: %d examples in the published %s split", name, counts[split], split)
     return counts
+
+
+def _normalised_lines(name: str, entry: DatasetEntry, files: list[Path], split: str) -> Iterator[bytes]:
+    """The records of one split as they are written, one in memory at a time."""
+    for where, identity, row in _identified_rows(files, split):
+        where = f"datasets.{name}: {where}"
+        values = _read(READERS[entry.reader], row, where)
+        record = checked(_record(RECORD_OF_TASK[entry.task], {"id": identity, **values}, where), where)
+        yield (json.dumps(asdict(record), ensure_ascii=False) + "\n").encode()
 
 
 def _identified_rows(files: list[Path], split: str) -> Iterator[tuple[str, str, Row]]:
     """Place, id and raw record of each row; request files repeat a record per choice, and an id for two records."""
     seen: set[str] = set()
-    requested: dict[str, set[str]] = defaultdict(set)
+    requested: dict[str, set[bytes]] = defaultdict(set)
     for file in files:
         for number, row in enumerate(_rows(file), start=1):
             where = f"{file.name}:{number}"
@@ -67,7 +73,8 @@ def _identified_rows(files: list[Path], split: str) -> Iterator[tuple[str, str, 
                 raise UserError(f"{file}:{number}: is not a record with fields: correct the file")
             if "doc" in row and "native_id" in row:
                 identity = f"{row.get('task_name', split)}-{row['native_id']}"
-                earlier, record = requested[identity], json.dumps(row["doc"], sort_keys=True)
+                earlier = requested[identity]
+                record = blake2b(json.dumps(row["doc"], sort_keys=True).encode(), digest_size=16).digest()
                 if record not in earlier:
                     earlier.add(record)
                     yield where, identity if len(earlier) == 1 else f"{identity}.{len(earlier)}", row["doc"]
@@ -83,28 +90,33 @@ def _rows(file: Path) -> Iterator[Any]:
     """The records of one file; raises `UserError` naming the file, and the line where there are lines."""
     suffixes = [suffix for suffix in file.suffixes if suffix != ".gz"]
     kind = suffixes[-1] if suffixes else ""
-    try:
-        if kind in (".jsonl", ".json"):
-            content = file.read_bytes()
-            text = (gzip.decompress(content) if file.suffix == ".gz" else content).decode()
-            yield from _json_rows(file, text, lines=kind == ".jsonl")
-        elif kind == ".parquet":
-            yield from pq.read_table(file).to_pylist()
-        elif kind == ".arrow":
-            with pa.memory_map(str(file)) as stream:
-                yield from pa.ipc.open_stream(stream).read_all().to_pylist()
-        elif kind == ".txt":
-            yield from ({"text": line} for line in file.read_text(encoding="utf-8").split("\n") if line.strip())
-        else:
-            raise UserError(f"{file}: has no known format: use .jsonl, .json, .parquet, .arrow or .txt (.gz allowed)")
-    except (pa.ArrowInvalid, EOFError, gzip.BadGzipFile, UnicodeDecodeError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{file}: is damaged or not of its suffix's format ({reason}): fetch it again") from None
+    with reading_errors(file):
+        try:
+            if kind in (".jsonl", ".json"):
+                with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
+                    yield from _json_rows(file, stream if kind == ".jsonl" else [stream.read()], lines=kind == ".jsonl")
+            elif kind == ".parquet":
+                with pq.ParquetFile(file) as table:
+                    for batch in table.iter_batches(BATCH_ROWS):
+                        yield from batch.to_pylist()
+            elif kind == ".arrow":
+                with pa.memory_map(str(file)) as mapped:
+                    for batch in pa.ipc.open_stream(mapped):
+                        yield from batch.to_pylist()
+            elif kind == ".txt":
+                with file.open(encoding="utf-8") as lines:
+                    yield from ({"text": line.removesuffix("\n")} for line in lines if line.strip())
+            else:
+                known = ".jsonl, .json, .parquet, .arrow or .txt (.gz allowed)"
+                raise UserError(f"{file}: has no known format: use {known}")
+        except (pa.ArrowInvalid, EOFError, gzip.BadGzipFile, UnicodeDecodeError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{file}: is damaged or not of its suffix's format ({reason}): fetch it again") from None
 
 
-def _json_rows(file: Path, text: str, lines: bool) -> Iterator[Any]:
-    documents = enumerate(text.split("\n"), start=1) if lines else [(1, text)]
-    for number, document in documents:
+def _json_rows(file: Path, documents: Iterable[bytes], lines: bool) -> Iterator[Any]:
+    for number, content in enumerate(documents, start=1):
+        document = content.decode()
         if not document.strip():
             continue
         try:

@@ -23,7 +23,7 @@ from stillhouse.assets.records import (
     checked,
 )
 from stillhouse.runtime.errors import UserError
-from stillhouse.runtime.files import atomic_write_text
+from stillhouse.runtime.files import atomic_write_chunks
 
 __all__ = [
     "ChoiceQuestion",
@@ -71,34 +71,42 @@ def read_records(path: Path, kind: type[RecordType]) -> list[RecordType]:
     result or an id that occurs twice, and naming the file where it is empty.
     """
     records: dict[str, RecordType] = {}
-    for number, line in enumerate(_lines(path), start=1):
-        if line.strip():
-            record = _record(line, kind, f"{path}:{number}")
-            if record.id in records:
-                raise UserError(f"{path}:{number}: the id '{record.id}' occurs twice: make the ids unique")
-            records[record.id] = record
+    for _, number, record in located_records(path, kind):
+        if record.id in records:
+            raise UserError(f"{path}:{number}: the id '{record.id}' occurs twice: make the ids unique")
+        records[record.id] = record
     if not records:
         raise UserError(f"{path}: holds no examples: fill it, or correct the path")
     return list(records.values())
 
 
 def write_records(path: Path, records: Iterable[Record]) -> None:
-    """Write records as JSON lines, in the order given."""
-    atomic_write_text(path, "".join(json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in records))
+    """Write records as JSON lines, in the order given, one in memory at a time."""
+    lines = (json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in records)
+    atomic_write_chunks(path, (line.encode() for line in lines))
 
 
-def _lines(path: Path) -> Iterator[str]:
-    """The lines of a file, one in memory at a time."""
+def located_records(path: Path, kind: type[RecordType]) -> Iterator[tuple[int, int, RecordType]]:
+    """The records of one file, one in memory at a time, each after the offset and the number of its line.
+
+    Raises what `read_records` does, but for ids that occur twice and for an empty file.
+    """
+    offset = 0
     try:
-        with path.open(encoding="utf-8", newline="\n") as lines:
-            yield from lines
+        with path.open("rb") as lines:
+            for number, content in enumerate(lines, start=1):
+                line = content.decode()
+                if line.strip():
+                    yield offset, number, parse_record(line, kind, f"{path}:{number}")
+                offset += len(content)
     except FileNotFoundError:
         raise UserError(f"{path}: does not exist: run the rule that makes it, or correct the path") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is not UTF-8 text ({error.reason}): make it again") from None
 
 
-def _record(line: str, kind: type[RecordType], where: str) -> RecordType:
+def parse_record(line: str, kind: type[RecordType], where: str) -> RecordType:
+    """The record of one line; a `UserError` that begins with `where` for invalid JSON or a field that does not fit."""
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:

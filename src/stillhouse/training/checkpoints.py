@@ -32,6 +32,7 @@ from stillhouse.training.processes import process_state
 from stillhouse.training.sharding import gathered, spread_like
 
 STATE_TENSORS, STATE_PROGRESS = "state.safetensors", "progress.json"
+PARAMETER = "parameter/"
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def save_state(
     Every process calls this, the main one writes.
     """
     names: dict[Tensor, str] = {parameter: name for name, parameter in parameters.items()}
-    tensors = {f"parameter/{name}": parameter.detach() for name, parameter in parameters.items()}
+    tensors = {f"{PARAMETER}{name}": parameter.detach() for name, parameter in parameters.items()}
     for parameter, moments in optimizer.state.items():
         tensors |= {f"optimizer/{names[parameter]}/{key}": value for key, value in moments.items()}
     tensors = gathered(tensors)
@@ -74,15 +75,22 @@ def save_state(
 
 
 def load_state(directory: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> Progress:
-    """Restore parameters and optimiser from a verified state; a `UserError` where it is of another model."""
+    """Restore parameters and optimiser from a verified state; a `UserError` where it is of another model.
+
+    `parameters` are as the run began: those that do not require a gradient may be missing, and get memory of their own
+    where they are not.
+    """
     tensors = load_file(directory / STATE_TENSORS)
-    expected = {f"parameter/{name}": parameter for name, parameter in parameters.items()}
-    saved = {name: tensor for name, tensor in tensors.items() if name.startswith("parameter/")}
+    saved = {name.removeprefix(PARAMETER): tensors[name] for name in tensors if name.startswith(PARAMETER)}
+    expected = {name: own for name, own in parameters.items() if own.requires_grad or name in saved}
     if _shapes(saved) != _shapes(expected):
         raise UserError(f"{directory}: is of a model that trains other parameters: delete it and run again")
     with torch.no_grad():
         for name, parameter in expected.items():
-            parameter.copy_(spread_like(saved[name], parameter))
+            if parameter.requires_grad:
+                parameter.copy_(spread_like(saved[name], parameter))
+            else:
+                parameter.data = saved[name].to(parameter.device, copy=True)
     names = {parameter: name for name, parameter in parameters.items()}
     ordered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     moments = {

@@ -6,6 +6,8 @@ come out.
   global count.
 - Trained parameters and AdamW's moments are fp32. Under bf16 the forward pass autocasts; frozen weights may
   be bf16.
+- A trained parameter that comes frozen may lie in the memory of other frozen weights. The first update of its group
+  gives it memory of its own; before that no state or checkpoint holds it, since the study builds it anew.
 - Random states are a function of (seed, step, process), set anew for each update. So a resumed run, or an
   update that is redone after memory ran out, draws the same: dropout masks, the Gumbel noise of the consistency
   lens, the latent dropout of LatentWire. Another number of processes or another micro-batch size draws others,
@@ -185,6 +187,7 @@ class Trainer:
             shard(model, self.device, keep_weights_gathered=settings.sharding == "zero2")
         groups = groups or parameter_groups(model, settings.learning_rate_multipliers)
         self.parameters = trained_parameters(groups)
+        self.lent = {name for name, parameter in self.parameters.items() if not parameter.requires_grad}
         self.clipped = [trained_parameters([group]) for group in groups] if clip_apart else [self.parameters]
         self.optimizer = build_optimizer(groups, settings.learning_rate, settings.weight_decay)
         self.progress = Progress(micro_batch_tokens=settings.micro_batch_tokens)
@@ -202,9 +205,15 @@ class Trainer:
                 logger.info("continuing from step %d of %d", self.progress.step, self.settings.steps)
         elif not self.sharded:
             # Every process starts from the same weights, also where a study forgot to seed its own modules.
-            for parameter in self.parameters.values():
+            for parameter in self.owned.values():
                 parameter.data = broadcast(parameter.data)
         return self.progress.step
+
+    @property
+    def owned(self) -> dict[str, nn.Parameter]:
+        """The trained parameters by name, without those that are still lent."""
+        updated = self.optimizer.state
+        return {name: own for name, own in self.parameters.items() if name not in self.lent or updated.get(own)}
 
     def run(
         self,
@@ -236,14 +245,12 @@ class Trainer:
                     watch.log(row)
                     report.update(row)
                 if step in settings.saved_steps:
-                    save_weights(
-                        self.work_dir, step, self.model, torch_dtype(self.precision), tokenizer, self.parameters
-                    )
+                    save_weights(self.work_dir, step, self.model, torch_dtype(self.precision), tokenizer, self.owned)
                 if step % settings.resume_every == 0 or step == settings.steps or stopped:
                     save_state(
                         self.work_dir,
                         self.progress,
-                        self.parameters,
+                        self.owned,
                         self.optimizer,
                         settings.keep_resume_states,
                     )

@@ -20,6 +20,9 @@ class ParameterGroup:
 
     schedule: a further factor for each update, counted from 1; None where the group is frozen in it: then it gets
     neither a gradient nor an update, as if it were not there. Without a schedule the factor is 1.
+
+    Parameters that come frozen, without requiring a gradient, are lent: they may lie in the memory of weights that
+    others use. Before the first update of their group they get memory of their own.
     """
 
     name: str
@@ -77,12 +80,15 @@ def build_optimizer(groups: Sequence[ParameterGroup], learning_rate: float, weig
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float, step: int) -> dict[str, float]:
     """Set each group's rate for update `step` to `learning_rate` times its factors; returns the rates by group name.
 
-    Parameters of a group that is frozen in this update do not require a gradient, the others do.
+    Parameters of a group that is frozen in this update do not require a gradient, the others do. One that never did
+    is given memory of its own first.
     """
     for group in optimizer.param_groups:
         factor = group["schedule"](step) if group["schedule"] else 1.0
         group["lr"] = learning_rate * group["multiplier"] * (factor or 0.0)
         for parameter in group["params"]:
+            if factor is not None and not parameter.requires_grad and not optimizer.state.get(parameter):
+                parameter.data = parameter.data.to(torch.float32, copy=True)
             parameter.requires_grad_(factor is not None)
     return {group["name"]: group["lr"] for group in optimizer.param_groups}
 

@@ -3,9 +3,9 @@
     document -> original -> activation A -> decoder -> T tokens -> encoder -> reconstruction of A -> original
 
 The original is frozen. Decoder and encoder have modules of their own but share every frozen weight with it in memory;
-a part that is trained gets its own copy. Both projections start as the identity, prompts as the embeddings of
-their texts. A forward pass with a swapped activation runs the last token alone, on the keys and values of the
-document before it, which no swap changes.
+a part that is trained gets its own copy, at once or where its schedule unfreezes it. Both projections start as the
+identity, prompts as the embeddings of their texts. A forward pass with a swapped activation runs the last token alone,
+on the keys and values of the document before it, which no swap changes.
 """
 
 from __future__ import annotations
@@ -79,9 +79,9 @@ class Lens(nn.Module):
         self.decoder = Decoder(decoder, tokenizer, settings.decoder.prompt_text, EMBED)
         self.encoder = Encoder(encoder, tokenizer, settings.encoder.prompt_text, TEXT, output_layer)
         self.requires_grad_(False)
-        for name in settings.trained:
-            role, _, part = name.partition(".")
-            own_parameters(self.get_submodule(role), part)
+        for name, part in settings.trained.items():
+            role, _, own = name.partition(".")
+            own_parameters(self.get_submodule(role), own, lent=part.begins_frozen)
         if settings.compile:
             compile_blocks(self.original, decoder, encoder)
 
@@ -128,18 +128,22 @@ class Lens(nn.Module):
     ) -> Self:
         """The lens of a checkpoint of the training loop, in evaluation mode, nothing trained.
 
+        A part that was still frozen is not in the checkpoint: it stays the original's.
+
         Raises `UserError` for a damaged checkpoint, or one of other settings.
         """
         lens = cls.build(model_dir, settings, precision, device, trust_remote_code)
         check_safetensors(checkpoint_dir / WEIGHTS)
         saved = load_file(checkpoint_dir / WEIGHTS)
-        trained = dict(lens.trained_parameters())
+        learnt: dict[str, nn.Parameter] = {}
+        for name, parameters in lens.part_parameters().items():
+            if not (settings.trained[name].begins_frozen and saved.keys().isdisjoint(parameters)):
+                learnt |= parameters
         shapes = {name: tensor.shape for name, tensor in saved.items()}
-        if shapes != {name: parameter.shape for name, parameter in trained.items()}:
+        if shapes != {name: parameter.shape for name, parameter in learnt.items()}:
             raise UserError(f"{checkpoint_dir}: is of a lens that trains other parts, or of another model")
-        with torch.no_grad():
-            for name, parameter in trained.items():
-                parameter.copy_(saved[name])
+        for name, parameter in learnt.items():
+            parameter.data = saved[name].to(parameter, copy=True)  # not in place: the memory may be the original's
         return frozen(lens)
 
     def part_parameters(self) -> dict[str, dict[str, nn.Parameter]]:

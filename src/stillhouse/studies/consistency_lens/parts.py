@@ -1,7 +1,7 @@
 """The parts that a lens is made of: the original model in the roles of decoder and encoder, and what of it is trained.
 
 A role has modules, modes and hooks of its own over the original's weights; `own_parameters` gives a trained part
-copies.
+parameters of its own.
 """
 
 from __future__ import annotations
@@ -153,12 +153,15 @@ def role_of(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model, shared)
 
 
-def own_parameters(role: nn.Module, part: str) -> None:
-    """Give a part of a role trained copies of its weights, apart from the frozen ones that others use."""
+def own_parameters(role: nn.Module, part: str, lent: bool = False) -> None:
+    """Give a part of a role parameters of its own: copies of its weights, apart from the frozen ones that others use.
+
+    `lent` ones are frozen, and over the memory of what they stand for: the training loop copies before it updates.
+    """
     for path, parameter in part_of(role, part).items():
         owner, _, name = path.rpartition(".")
-        own = nn.Parameter(parameter.detach().clone())
-        setattr(role.get_submodule(owner), name, own)
+        weights = parameter.detach() if lent else parameter.detach().clone()
+        setattr(role.get_submodule(owner), name, nn.Parameter(weights, requires_grad=not lent))
 
 
 def part_of(role: nn.Module, part: str) -> dict[str, nn.Parameter]:

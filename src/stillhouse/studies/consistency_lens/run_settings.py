@@ -70,6 +70,11 @@ class PartSettings(StrictModel):
         Field(description="Factor of its learning rate; while 0 the part is frozen: 0, hold 1e, linear to 1 over 100s"),
     ] = "1"
 
+    @property
+    def begins_frozen(self) -> bool:
+        """Whether the part does not learn in the first update, however long an epoch is."""
+        return not parse_schedule(self.unfreezing).value(1, 1e6)
+
 
 class FrozenPartSettings(PartSettings):
     """A part that stays as it is, and shares its weights with the original, unless it is asked to learn."""
@@ -161,7 +166,7 @@ class LensSettings(StrictModel):
     @model_validator(mode="after")
     def something_learns_from_the_start(self) -> LensSettings:
         """Refuse a lens of which nothing learns in the first update."""
-        if not any(parse_schedule(part.unfreezing).value(1, 1e6) for part in self.trained.values()):
+        if all(part.begins_frozen for part in self.trained.values()):
             raise ValueError("no part of the lens learns from the start: train one whose unfreezing starts above 0")
         return self
 

@@ -1,19 +1,23 @@
 """Step program: turn the splits of a corpus into tokens, once per corpus and model.
 
 Stands between the division of the corpus by document and everything that reads text: extraction of activations, and
-training that computes them itself. A run may read less of a document than is kept here, never more. The text of all
-splits is in memory once, to find repetitions; whatever reads the tokens maps them.
+training that computes them itself. A run may read less of a document than is kept here, never more. The text of one
+shard is in memory at a time; repetitions are found by digests.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from stillhouse.config.base import StrictModel
-from stillhouse.data.records import Passage, read_passages
+from stillhouse.data.record_files import Digests, RecordFile
+from stillhouse.data.records import Passage
 from stillhouse.models.loading import load_tokenizer
 from stillhouse.runtime.commands import run_step
 from stillhouse.runtime.files import verify_manifest
@@ -51,12 +55,12 @@ def main(step: TokensStep) -> None:
         for path in inputs.values():
             verify_manifest(path)
         tokenizer = load_tokenizer(step.model, step.trust_remote_code)
-        read = {split: read_passages(step.data / f"{split}.jsonl") for split in SPLITS}
-        passages = without_duplicates(read)
-        documents = {split: len(passages[split]) for split in SPLITS}
+        passages = {split: RecordFile(step.data / f"{split}.jsonl", Passage) for split in SPLITS}
+        kept = without_duplicates(passages)
+        documents = {split: len(kept[split]) for split in SPLITS}
 
         def tokenise(plan: ShardPlan) -> ShardContent:
-            chosen = [passages[plan.split][row] for row in plan.rows]
+            chosen = [passages[plan.split][kept[plan.split][row]] for row in plan.rows]
             texts = [passage.text for passage in chosen]
             encoded = tokenizer(texts, truncation=True, max_length=step.tokens.max_length, return_attention_mask=False)
             token_ids = [torch.tensor(ids, dtype=torch.int32) for ids in encoded["input_ids"]]
@@ -65,25 +69,24 @@ def main(step: TokensStep) -> None:
         plans = plan_shards(documents, step.tokens.shard_documents)
         work = step.work / fingerprint(MODULE, step, inputs, exclude={*inputs, "output", "work"})
         build_shards(work, plans, tokenise)
-        record.add(documents=documents, duplicates={split: len(read[split]) - documents[split] for split in SPLITS})
+        record.add(documents=documents, duplicates={split: len(passages[split]) - documents[split] for split in SPLITS})
         publish_shards(step.output, work, plans, origin(step.model), record)
         logger.info("tokenised %s documents", " + ".join(f"{count} {split}" for split, count in documents.items()))
 
 
-def without_duplicates(passages: Mapping[str, Sequence[Passage]]) -> dict[str, list[Passage]]:
-    """Drop a text that occurred before, the held-out splits first: a lens is never judged on what it has seen.
+def without_duplicates(passages: Mapping[str, Iterable[Passage]]) -> dict[str, NDArray[np.intp]]:
+    """The rows of each split whose text did not occur before, the held-out splits first.
 
-    Nor is it paired with the same text under another id.
+    So a lens is never judged on what it has seen, nor paired with the same text under another id.
     """
-    seen: set[str] = set()
-    kept: dict[str, list[Passage]] = {}
+    texts, ends = Digests(), [0]
     for split in reversed(SPLITS):
-        kept[split] = []
         for passage in passages[split]:
-            if passage.text not in seen:
-                kept[split].append(passage)
-            seen.add(passage.text)
-    return kept
+            texts.add(passage.text)
+        ends.append(len(texts))
+    first = texts.first_of_each
+    rows = (first[start:end].nonzero()[0] for start, end in itertools.pairwise(ends))
+    return dict(zip(reversed(SPLITS), rows, strict=True))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from stillhouse.studies.lora_generation.manifest import AdapterRow
 from stillhouse.studies.lora_generation.results import Subject
 from stillhouse.studies.lora_generation.scoring import Scorer
 from stillhouse.studies.lora_generation.teacher_settings import Style, TeacherTrainingSettings
-from stillhouse.training.adapter_batch import AdapterBatch, AdapterExamples, AdapterLosses, checkpoint_adapter
+from stillhouse.training.adapter_batch import AdapterBatch, AdapterLosses, AdapterSequences, checkpoint_adapter
 from stillhouse.training.loop import train
 
 
@@ -42,7 +42,7 @@ def few_prompt_entries(
     result = train(
         batch,
         AdapterLosses([f"{case.task}_{case.shard}_{case.seed}" for case in cases]),
-        AdapterExamples(sequences),
+        AdapterSequences(sequences),
         training,
         work_dir=run,
         output_dir=run / "trained",

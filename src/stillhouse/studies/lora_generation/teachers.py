@@ -33,7 +33,7 @@ from stillhouse.studies.lora_generation.prompts import PROMPTS_FILE, SolvedPromp
 from stillhouse.studies.lora_generation.results import measured
 from stillhouse.studies.lora_generation.scoring import Scorer
 from stillhouse.studies.lora_generation.teacher_settings import Style, Teacher, TeacherTrainingSettings
-from stillhouse.training.adapter_batch import AdapterBatch, AdapterExamples, AdapterLosses, checkpoint_adapter
+from stillhouse.training.adapter_batch import AdapterBatch, AdapterLosses, AdapterSequences, checkpoint_adapter
 from stillhouse.training.loop import TrainingResult, train
 from stillhouse.training.processes import process_state
 from stillhouse.training.tracking import METRICS_FILE
@@ -139,7 +139,7 @@ def train_together(
     return train(
         batch,
         AdapterLosses(names),
-        AdapterExamples(sequences),
+        AdapterSequences(sequences),
         step.training,
         work_dir=work_dir,
         output_dir=work_dir / TRAINED,
