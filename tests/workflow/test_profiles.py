@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -92,6 +93,15 @@ def test_on_slurm_the_small_jobs_of_a_submission_fit_a_node_of_eight_processors_
             [threads] = re.findall(r"^ +threads: (\S+)$", rule_texts()[rule], re.MULTILINE)
             one = ResourceSettings().assets.threads if threads == "RESOURCES.assets.threads" else int(threads)
             assert count * one <= 8, f"{count} x {rule}"
+
+
+@pytest.mark.parametrize("installed", ["gpu", "cpu"])
+def test_make_keeps_to_the_environment_that_was_installed(installed: str, tmp_path: Path) -> None:
+    """`make status` after an update, say, on a login node without a GPU."""
+    (tmp_path / "installed").write_text(f"{installed}\n")
+    command = ["make", "--dry-run", f"VENV={tmp_path}", "--what-if", "pyproject.toml", f"{tmp_path}/installed"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert f"--no-compile -r envs/{installed}.txt" in done.stdout
 
 
 def test_every_rule_says_how_much_memory_and_time_it_needs() -> None:
