@@ -4,8 +4,8 @@
 
 PYTHON ?= python3.11
 VENV ?= .venv
-# A machine with an NVIDIA driver gets the GPU environment.
-ENVIRONMENT ?= $(if $(shell command -v nvidia-smi 2>/dev/null),gpu,cpu)
+# A machine with an NVIDIA driver gets the GPU environment. What was installed stays: a login node may have no driver.
+ENVIRONMENT ?= $(or $(shell cat $(VENV)/installed 2>/dev/null),$(if $(shell command -v nvidia-smi 2>/dev/null),gpu,cpu))
 SNAKEMAKE_ARGUMENTS ?=
 
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
@@ -61,7 +61,7 @@ $(VENV)/installed: envs/$(ENVIRONMENT).txt pyproject.toml
 	@echo "Installing the pinned environment envs/$(ENVIRONMENT).txt into $(VENV) (about 3 GB, a few minutes)"
 	$(INSTALL) -r envs/$(ENVIRONMENT).txt
 	$(INSTALL) --no-build-isolation -e .
-	@touch $@
+	@echo $(ENVIRONMENT) > $@
 
 $(VENV)/installed-test: $(VENV)/installed envs/test.txt envs/cluster.txt
 	$(INSTALL) -r envs/test.txt -r envs/cluster.txt

@@ -36,9 +36,10 @@ def configuration():
 CONFIGURATION = configuration()
 RESOURCES = CONFIGURATION.resources
 # The jobs run here, where no GPU is on which they could get in each other's way: processors and memory alone limit them.
+# Snakemake does not know its executor yet; only where jobs are submitted does it count them (`--jobs`).
 ON_PROCESSORS_ALONE = (
     workflow.is_main_process
-    and workflow.local_exec
+    and workflow.resource_settings.nodes is None
     and shutil.which("nvidia-smi") is None
     and not os.environ.get("STILLHOUSE_FAKE_GPUS")
 )
@@ -52,9 +53,9 @@ def threads_of_one(request, study):
         return request.threads
     machine_mb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 10**6
     trainings = len(globals()[f"{study.upper()}_TARGETS"]["students"])
-    return request.threads_of_one(
-        trainings, workflow.cores or os.cpu_count(), machine_mb
-    )
+    # What starts no job (`--unlock`, `--dag`, `--report`) is not told of cores.
+    cores = workflow.resource_settings.cores or os.cpu_count()
+    return request.threads_of_one(trainings, cores, machine_mb)
 
 
 def known(what, name, valid):

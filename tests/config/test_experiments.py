@@ -13,6 +13,7 @@ from stillhouse.studies.configuration import Configuration, load_configuration
 CONFIG = Path(__file__).resolve().parents[2] / "config"
 DEFAULT, AS_PUBLISHED = CONFIG / "config.yaml", CONFIG / "variants" / "as_published.yaml"
 FOUR_GPUS = CONFIG / "variants" / "four_gpus.yaml"
+ZERO2 = CONFIG / "variants" / "zero2.yaml"
 EXPERIMENTS = sorted((CONFIG / "experiments").glob("*.yaml"))
 
 
@@ -30,11 +31,22 @@ def test_every_experiment_validates_with_and_without_the_published_protocol(file
 
 
 @pytest.mark.parametrize("file", EXPERIMENTS, ids=lambda file: file.stem)
-def test_every_experiment_can_be_spread_over_four_gpus(file: Path) -> None:
+def test_every_experiment_can_be_spread_over_four_gpus(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # Where no model has been fetched: some have heads that four does not divide.
     spread = load(DEFAULT, file, FOUR_GPUS)
     assert (spread.resources.training.gpus, spread.resources.evaluation.gpus) == (2, 4)
     for engine in (spread.context_distillation.evaluation.engine, spread.lora_generation.evaluation.engine):
         assert engine.tensor_parallel == 4
+
+
+def test_the_full_fine_tuning_of_8b_is_spread_by_fsdp_or_as_zero_stage_2_does() -> None:
+    full = CONFIG / "experiments" / "context_qwen3_8b_full.yaml"
+    for files, sharding in ((), "fsdp"), ((ZERO2,), "zero2"):
+        study = load(DEFAULT, full, *files).context_distillation
+        training = study.run_settings("qwen3_8b", "online_v1").training
+        assert (training.method, training.sharding) == ("full", sharding)
 
 
 def test_as_published_switches_every_known_mistake_on() -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import yaml
 from omegaconf import OmegaConf
+from support.workflow import merged as laid_upon
 
 from stillhouse.config import runs
 from stillhouse.config.layering import merge, read_layer
@@ -127,6 +129,36 @@ def test_an_engine_spreads_over_the_gpus_that_its_job_asks_for(tmp_path: Path, p
     with pytest.raises(ConfigurationError, match=message):
         load(tmp_path, overrides | {"resources": {"evaluation": {"gpus": gpus}}})
     load(tmp_path, overrides | {"resources": {"evaluation": {"gpus": parallel}}})
+
+
+@pytest.mark.parametrize(
+    ("heads", "keys", "refused"),
+    [(8, 2, False), (12, 4, False), (9, 3, True), (14, 2, True), (12, 3, True)],
+)
+def test_gpus_among_which_a_model_s_heads_cannot_be_divided_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, heads: int, keys: int, refused: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    spread = study(models=["own"], evaluation={"engine": {"tensor_parallel": 4}}) | {
+        "studies": ["context_distillation"],
+        "models": {"own": {"sources": [{"kind": "path", "path": "own"}]}},
+        "resources": {"evaluation": {"gpus": 4}},
+    }
+    load(tmp_path, spread)  # Not fetched yet: nobody knows its heads.
+    for folder in ("own", "resources/models/own"):
+        config = tmp_path / folder / "config.json"
+        config.parent.mkdir(parents=True)
+        config.write_text(json.dumps({"num_attention_heads": heads, "num_key_value_heads": keys}))
+        if refused:
+            with pytest.raises(ConfigurationError) as error:
+                load(tmp_path, spread)
+            [line] = str(error.value).splitlines()
+            assert line.startswith("mine.yaml: 'context_distillation.evaluation.engine.tensor_parallel': is 4")
+            assert f"{heads} attention heads ({keys} of keys and values) of model 'own'" in line
+            load(tmp_path, laid_upon(spread, study(evaluation={"engine": {"kind": "transformers"}})))
+        else:
+            load(tmp_path, spread)
+        config.unlink()
 
 
 def test_a_fault_on_the_command_line_names_the_command_line(tmp_path: Path) -> None:

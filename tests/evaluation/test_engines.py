@@ -185,11 +185,28 @@ def test_without_vllm_the_reason_says_so(tiny: Path, monkeypatch: pytest.MonkeyP
     assert vllm_module.objection(tiny, []) == "vLLM is not installed"
 
 
-def test_an_engine_that_got_fewer_gpus_than_it_spreads_over_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_that_got_fewer_gpus_than_it_spreads_over_refuses(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from stillhouse.evaluation.engines.vllm_engine import _device_options
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert _device_options(EngineSettings(tensor_parallel=2))["tensor_parallel_size"] == 2
+    assert _device_options(EngineSettings(tensor_parallel=2), tiny)["tensor_parallel_size"] == 2
     with pytest.raises(UserError, match="tensor_parallel is 4, but the job has 2 GPUs: raise --resources gpu"):
-        _device_options(EngineSettings(tensor_parallel=4))
+        _device_options(EngineSettings(tensor_parallel=4), tiny)
+
+
+def test_an_engine_refuses_gpus_among_which_it_cannot_divide_the_heads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from stillhouse.evaluation.engines.vllm_engine import _device_options
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    model = tmp_path / "smollm2_135m"
+    model.mkdir()
+    (model / "config.json").write_text('{"num_attention_heads": 9, "num_key_value_heads": 3}')
+    assert _device_options(EngineSettings(tensor_parallel=3), model)["tensor_parallel_size"] == 3
+    with pytest.raises(UserError, match=r"tensor_parallel is 4, .* 9 attention heads .* 'smollm2_135m' .*gpus to 3$"):
+        _device_options(EngineSettings(tensor_parallel=4), model)

@@ -58,7 +58,7 @@ def disturbed(slurm: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFa
     project = make_workflow(folder / "project", tiny_model, STUDY)
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("STILLHOUSE_FAKE_GPUS", ",".join(f"GPU-{number}" for number in range(one_node.GPUS)))
-        process = project.start(*PROFILE, *IMPATIENT)
+        process = project.start(*PROFILE, *IMPATIENT, cores=None)
     try:
         cancelled, lost, terminated = held_in_training(project, process)
         one_node.run("scancel", "--signal=CONT", terminated)
@@ -117,7 +117,8 @@ def test_every_disturbed_training_goes_on_from_its_last_state(disturbed: Disturb
 def test_jobs_ask_for_what_the_profile_says(disturbed: Disturbed) -> None:
     inputs = asked(submission(disturbed.project, "group_inputs_dataset_model_split_dataset"))
     training = asked(disturbed.cancelled)
-    assert training.items() >= {"Partition": "gpu", "TimeLimit": "04:00:00", "MinMemoryNode": "8000M"}.items()
+    expected = {"Partition": "gpu", "TimeLimit": "04:00:00", "MinMemoryNode": "8000M", "NumCPUs": "2"}
+    assert training.items() >= expected.items()
     assert [training[name] for name in training if name.startswith("TresPer")] == ["gres:gpu:1"]
     assert inputs["Partition"] == "cpu" and not [name for name in inputs if name.startswith("TresPer")]
 

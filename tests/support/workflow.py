@@ -93,9 +93,11 @@ class Workflow:
 
     directory: Path
 
-    def run(self, *arguments: str, config: str = "tiny.yaml", check: bool = True) -> subprocess.CompletedProcess[str]:
-        """Run snakemake here, on the folder's own sources."""
-        command, environment = self._command(arguments, config)
+    def run(
+        self, *arguments: str, config: str = "tiny.yaml", check: bool = True, cores: int | None = 2
+    ) -> subprocess.CompletedProcess[str]:
+        """Run snakemake here, on the folder's own sources; without `cores` it is told of none."""
+        command, environment = self._command(arguments, config, cores)
         environment |= warm_environment()
         done = subprocess.run(
             ["python", *command[1:]], cwd=self.directory, env=environment, capture_output=True, text=True
@@ -104,18 +106,19 @@ class Workflow:
             raise AssertionError(f"{' '.join(command)}\n{done.stdout[-6000:]}\n{done.stderr[-6000:]}")
         return done
 
-    def start(self, *arguments: str, config: str = "tiny.yaml") -> subprocess.Popen[bytes]:
+    def start(self, *arguments: str, config: str = "tiny.yaml", cores: int | None = 2) -> subprocess.Popen[bytes]:
         """Start snakemake here and return at once; it leads a session of its own, so that it can be killed whole."""
-        command, environment = self._command(arguments, config)
+        command, environment = self._command(arguments, config, cores)
         quiet = subprocess.DEVNULL
         return subprocess.Popen(
             command, cwd=self.directory, env=environment, stdout=quiet, stderr=quiet, start_new_session=True
         )
 
-    def _command(self, arguments: tuple[str, ...], config: str) -> tuple[list[str], dict[str, str]]:
+    def _command(self, arguments: tuple[str, ...], config: str, cores: int | None) -> tuple[list[str], dict[str, str]]:
         environment = {**os.environ, "PYTHONPATH": str(self.directory / "src"), "HF_HUB_OFFLINE": "1"}
         environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
-        return [sys.executable, "-m", "snakemake", "--configfile", config, "--cores", "2", *arguments], environment
+        told = ["--cores", str(cores)] if cores else []
+        return [sys.executable, "-m", "snakemake", "--configfile", config, *told, *arguments], environment
 
     def planned(self, *arguments: str, config: str = "tiny.yaml") -> dict[str, int]:
         """The jobs that a dry run would start, counted by rule, targets left out."""

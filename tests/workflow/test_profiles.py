@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,6 +14,8 @@ from typing import Any
 import pytest
 import yaml
 from support.workflow import REPOSITORY, Workflow, make_workflow, rule_texts
+
+from stillhouse.config.resources import ResourceSettings
 
 PLUGINS = {
     "default": (),
@@ -69,12 +72,36 @@ def test_a_dry_run_under_each_profile_plans_everything(name: str, tiny_model: Pa
     assert planned.keys() == rule_texts().keys() - NOT_BY_DEFAULT
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("look", [("--unlock",), ("--dag", "mermaid-js"), ("--detailed-summary",)])
+def test_what_starts_no_job_is_told_of_no_cores(look: tuple[str, ...], tiny_model: Path, tmp_path: Path) -> None:
+    make_workflow(tmp_path / "project", tiny_model).run(*look, cores=None)
+
+
 def test_on_slurm_gpu_jobs_go_to_the_gpu_partition_and_all_others_share_submissions() -> None:
     settings = profile("slurm")
     gpu_rules = {name for name, text in rule_texts().items() if re.search(r"^ +gpu=", text, re.MULTILINE)}
     assert gpu_rules, "no rule asks for a GPU"
     assert settings["set-resources"].keys() == gpu_rules
     assert settings["groups"].keys() == rule_texts().keys() - gpu_rules
+
+
+def test_on_slurm_the_small_jobs_of_a_submission_fit_a_node_of_eight_processors_side_by_side() -> None:
+    settings = profile("slurm")
+    for group, count in settings["group-components"].items():
+        for rule in (rule for rule, its_group in settings["groups"].items() if its_group == group):
+            [threads] = re.findall(r"^ +threads: (\S+)$", rule_texts()[rule], re.MULTILINE)
+            one = ResourceSettings().assets.threads if threads == "RESOURCES.assets.threads" else int(threads)
+            assert count * one <= 8, f"{count} x {rule}"
+
+
+@pytest.mark.parametrize("installed", ["gpu", "cpu"])
+def test_make_keeps_to_the_environment_that_was_installed(installed: str, tmp_path: Path) -> None:
+    """`make status` after an update, say, on a login node without a GPU."""
+    (tmp_path / "installed").write_text(f"{installed}\n")
+    command = ["make", "--dry-run", f"VENV={tmp_path}", "--what-if", "pyproject.toml", f"{tmp_path}/installed"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert f"--no-compile -r envs/{installed}.txt" in done.stdout
 
 
 def test_every_rule_says_how_much_memory_and_time_it_needs() -> None:

@@ -6,6 +6,7 @@ Stands between the catalogue (or a user's configuration) and the step program `s
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -144,6 +145,17 @@ class ModelEntry(AssetEntry):
     ] = ()
     trust_remote_code: Annotated[bool, Field(description="Keep and run the Python files of the repository.")] = False
     vllm: Annotated[bool, Field(description="Whether vLLM serves the model.")] = True
+
+    def architecture(self, name: str) -> dict[str, Any] | None:
+        """The model's `config.json`, where it is on this machine already: fetched, or in a folder of the user's."""
+        own = [Path(source.path) for source in self.sources if isinstance(source, PathSource)]
+        for folder in (Path("resources/models") / name, *own):
+            try:
+                config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            except (OSError, ValueError):  # Not here, or damaged: the step that reads it says so.
+                continue
+            return config if isinstance(config, dict) else None
+        return None
 
     @model_validator(mode="after")
     def format_fits_the_sources(self) -> ModelEntry:

@@ -79,6 +79,22 @@ class Configuration(StrictModel):
                 )
         return self
 
+    @model_validator(mode="after")
+    def engines_can_divide_the_heads(self) -> Configuration:
+        """Refuse GPUs among which vLLM cannot divide a model's heads, as far as its `config.json` is on this machine.
+
+        Of a model that is yet to be fetched the evaluation says so itself, before its engine starts.
+        """
+        for study in self.studies:
+            engine = getattr(getattr(self, study), "engine", None)
+            if engine is None or engine.tensor_parallel == 1:
+                continue
+            for name in getattr(self, study).models:
+                config = self.models[name].architecture(name) if self.models[name].vllm else None
+                if config and (problem := engine.spreading_objection(name, config)):
+                    raise SettingError((study, "evaluation", "engine", "tensor_parallel"), problem)
+        return self
+
 
 def embedded_configuration() -> Configuration:
     """The configuration of `config/config.yaml`: every study at a size for two cores, from packages alone."""

@@ -127,7 +127,7 @@ class VllmEngine:
             enable_prefix_caching=True,
             generation_config="vllm",  # the model's own sampling defaults must not leak into a greedy evaluation
             trust_remote_code=trust_remote_code,
-            **_device_options(settings),
+            **_device_options(settings, model_directory),
             **_lora_options(adapters),
         )
 
@@ -188,7 +188,7 @@ class VllmEngine:
         return LoRARequest(f"adapter-{number}", number, str(adapter.resolve()))
 
 
-def _device_options(settings: EngineSettings) -> dict[str, Any]:
+def _device_options(settings: EngineSettings, model_directory: Path) -> dict[str, Any]:
     """Memory and parallelism. On a CPU the cache's size is given: vLLM's default share of memory fails there."""
     if torch.cuda.is_available():
         if settings.tensor_parallel > torch.cuda.device_count():
@@ -196,6 +196,9 @@ def _device_options(settings: EngineSettings) -> dict[str, Any]:
                 f"evaluation.engine.tensor_parallel is {settings.tensor_parallel}, but the job has "
                 f"{torch.cuda.device_count()} GPUs: raise --resources gpu, use a larger node, or lower it"
             )
+        config = read_json(model_directory / "config.json")
+        if problem := settings.spreading_objection(model_directory.name, config):
+            raise UserError(f"evaluation.engine.tensor_parallel {problem}")
         return {
             "gpu_memory_utilization": settings.gpu_memory_fraction,
             "tensor_parallel_size": settings.tensor_parallel,
