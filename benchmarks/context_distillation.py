@@ -2,8 +2,8 @@
 
 The naive form is the published one: a second copy of the model reads shots, question and answer of every example in
 every step, all logits are made, the student's activations are recomputed in its backward pass. `adapter off` is the
-form of ms-swift's GKD with a teacher prompt: one copy of the weights, the top K of the teacher in each step. ms-swift
-itself does not install beside the pinned packages (`catalogue.MISSING`); the form runs on this package's own code.
+form of ms-swift's GKD with a teacher prompt: one copy of the weights, the top K of the teacher in each step. Here it
+runs on this package's own code; `ms_swift` has the tool itself, in the environment that it needs.
 """
 
 from __future__ import annotations

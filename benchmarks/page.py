@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.catalogue import BENCHMARKS, MEASURED, MISSING, ON_REQUEST
+from benchmarks.catalogue import BENCHMARKS, MEASURED, ON_REQUEST
 from benchmarks.harness import Aim, Benchmark
 from benchmarks.plots import draw_growth, draw_ratios
 from benchmarks.results import (
@@ -45,6 +45,7 @@ of each in a process of its own.
     make benchmark                                          # all of it
     python -m benchmarks only=[context_step,teacher_cache]  # some of it; the rest of the results stays
     python -m benchmarks only=[loading,compiled_lens]       # choices that were weighed: on request alone
+    python -m benchmarks only=[ms_swift]                    # on request: its environment, see docs/environments.md
     python -m benchmarks.page                               # this page from benchmarks/results/
 
 The same command on a GPU takes the full-size scale in bf16 and writes a file of its own. Ratios are medians over
@@ -435,7 +436,7 @@ def workflow_section(workflow: WorkflowResult) -> Iterator[str]:
 
 def missing_section(found: list[Results]) -> str:
     """What the page cannot show."""
-    missing = dict(MISSING)
+    missing: dict[str, str] = {}
     if not any(results.device.kind == "gpu" for results in found):
         missing["figures of a GPU"] = "none could be used; `python -m benchmarks` on a machine with one adds them"
     for results in found:

@@ -54,10 +54,12 @@ def test_a_package_that_is_not_there_is_named_in_one_line(tmp_path: Path) -> Non
     assert not (tmp_path / "environment").exists()
 
 
-def test_the_pins_leave_ours_as_they_are() -> None:
+@pytest.mark.parametrize("package", ["llmcompressor", "ms-swift"])
+def test_the_pins_leave_ours_as_they_are(package: str) -> None:
     ours = {line.split("==")[0] for line in (ROOT / "envs/cpu.txt").read_text().splitlines() if "==" in line}
-    pins = [line for line in (ROOT / "envs/llmcompressor.txt").read_text().splitlines() if not line.startswith("#")]
+    listed = (ROOT / f"envs/{package.replace('-', '_')}.txt").read_text().splitlines()
+    pins = [line for line in listed if not line.startswith("#")]
     names = {pin.split("==")[0] for pin in pins}
-    assert all(pin.count("==") == 1 for pin in pins) and "llmcompressor" in names
+    assert all(pin.count("==") == 1 for pin in pins) and package in names
     assert not names & {"torch", "transformers", "numpy"} and {"torch", "transformers"} <= ours
     assert sys.version_info >= (3, 11)

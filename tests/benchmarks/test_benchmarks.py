@@ -8,13 +8,14 @@ import pytest
 
 from benchmarks.catalogue import BENCHMARKS, MEASURED
 from benchmarks.harness import compare
+from benchmarks.ms_swift import BUILD, ENVIRONMENT, REPOSITORY
 from benchmarks.scale import TINY
 from benchmarks.scaling import SERIES
 
 # One worker: a server that has imported everything forks the processes that measure memory.
 pytestmark = pytest.mark.xdist_group("benchmarks")
 # Starts engines, or processes of its own, or a compiler.
-SLOW = {"evaluation", "packing", "compiled_lens"}
+SLOW = {"evaluation", "packing", "compiled_lens", "ms_swift"}
 # What chance decides; what is only another form's reference; and the model's own rate.
 UNCOMPARED = {
     "gkd_off_policy": {"merged by autograd on the same answers"},
@@ -41,6 +42,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in MEASURED],
 )
 def test_all_forms_of_a_benchmark_compute_the_same(name: str, folder: Path) -> None:
+    if name == "ms_swift" and not (REPOSITORY / ENVIRONMENT).exists():
+        pytest.skip(f"{ENVIRONMENT} is missing; to build it: {BUILD}")
     benchmark = MEASURED[name]
     scale = benchmark.checked(benchmark.change(TINY))
     works = {form.name: form.prepare(folder, scale) for form in benchmark.forms}
