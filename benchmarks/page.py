@@ -50,8 +50,9 @@ tokens/s have the ratio of time. A dash: the form was only compared; or its FLOP
 engine is out of torch's sight, another row has them, or no aim asks for them. Every form takes three rounds, and more
 as long as they begin within some seconds (`Scale.seconds`). *Floor*: the least that any form must do, the operations of
 its formula over the rate that a large matrix product attains on the device, or its bytes over that of a large copy,
-whichever is longer. Attention counts as whole squares in the FLOPs and as the causal half in the floors. Sizes:
-`scale.py`.
+whichever is longer. Attention counts as whole squares in the FLOPs and as the causal half in the floors. *Peak memory*:
+of the weights and one unit of work; on a processor the resident memory above that of a process which did the same on a
+tiny scale, so that Python and the libraries, some 600 MiB in every form, are left out. Sizes: `scale.py`.
 """
 
 
