@@ -10,7 +10,7 @@ from benchmarks.fake_quantization import FAKE_QUANTISATION
 from benchmarks.gkd_step import OFF_POLICY, ON_POLICY
 from benchmarks.harness import Benchmark
 from benchmarks.latentwire import CACHED_STEP
-from benchmarks.lora_generation import DELTAS, TEACHER_BATCH
+from benchmarks.lora_generation import DELTA_GRADIENTS, DELTAS, TEACHER_BATCH
 from benchmarks.ms_swift import MS_SWIFT
 from benchmarks.packing import INVARIANCE
 from benchmarks.teacher_cache import FIXED_SHOTS
@@ -30,6 +30,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         EXTRACTION,
         CACHED_STEP,
         DELTAS,
+        DELTA_GRADIENTS,
         TEACHER_BATCH,
         CHECKPOINTS,
         INVARIANCE,

@@ -141,6 +141,16 @@ def clean_processes() -> BaseContext:
     return context
 
 
+def read_weights() -> None:
+    """Bring the weights of every model into memory, as any step but the first finds them: loading only maps the file.
+
+    A form that has two copies would otherwise reach its peak before the second one is there.
+    """
+    for module in [found for found in gc.get_objects() if isinstance(found, torch.nn.Module)]:
+        for parameter in module.parameters(recurse=False):
+            parameter.detach().max()
+
+
 def _peaks(folder: Path, scales: Sequence[Scale], prepare: Prepare) -> tuple[float, ...]:
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
@@ -150,7 +160,10 @@ def _peaks(folder: Path, scales: Sequence[Scale], prepare: Prepare) -> tuple[flo
     for scale in scales:
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        prepare(folder, scale)()
+        work = prepare(folder, scale)
+        read_weights()
+        work()
+        del work
         gc.collect()
         if torch.cuda.is_available():
             peaks.append(torch.cuda.max_memory_allocated() / 2**20)

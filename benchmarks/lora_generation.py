@@ -1,17 +1,20 @@
 """LoRA generation: batches of adapters in one forward pass, and one after another.
 
-Delta activations of random adapters on generic probes, with the gradients of a loss on them; and the trainings of
-small teacher adapters over one base, through the shared loop. No tool batches either, so the naive form is the only
-other one.
+Delta activations of saved adapters on generic probes, as their cache computes them, beside the published recipe: each
+adapter through peft, one probe at a time, the logits of every position. The same with the gradients of a loss on them,
+as a generator is trained; and the trainings of small teacher adapters over one base, through the shared loop. No tool
+batches adapters.
 """
 
 from __future__ import annotations
 
 import tempfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -20,7 +23,8 @@ from benchmarks.scale import Scale, model_directory, random_ids
 from stillhouse.config.training import LoraSettings, ScheduleSettings, TrainingSettings
 from stillhouse.data.packing import Sequence
 from stillhouse.models.loading import frozen, load_model, load_tokenizer
-from stillhouse.models.lora_tensors import AdapterTensors, model_layout
+from stillhouse.models.lora_tensors import AdapterTensors, model_layout, read_adapter, stacked, write_adapter
+from stillhouse.runtime.files import staged_directory
 from stillhouse.studies.lora_generation.deltas import Probes, base_activation, delta_activation
 from stillhouse.studies.lora_generation.probes import ProbeSettings
 from stillhouse.training.adapter_batch import AdapterBatch, AdapterLosses, AdapterSequences
@@ -49,8 +53,60 @@ def probing(folder: Path, scale: Scale) -> tuple[PreTrainedModel, Probes, Adapte
     return model, probes, random_adapters(model, scale)
 
 
+def saved_adapters(folder: Path, scale: Scale) -> list[Path]:
+    """The random adapters as a collection has them, a peft folder each."""
+    base = model_directory(folder, scale)
+    directory = folder / f"adapters-{base.name}-{scale.rank}-{scale.adapters}"
+    if not directory.exists():
+        adapters = random_adapters(load_model(base, "fp32", "cpu"), scale).map(lambda tensor: tensor.detach())
+        with staged_directory(directory) as staging:
+            for number in range(scale.adapters):
+                write_adapter(adapters[number], staging / f"adapter-{number:03d}", str(base))
+    return sorted(directory.iterdir())
+
+
+@torch.no_grad()
+def published_deltas(folder: Path, scale: Scale) -> Work:
+    """The published recipe: peft puts each adapter on the model, which reads one probe after another."""
+    model, probes, _ = probing(folder, scale)
+    found = saved_adapters(folder, scale)
+    texts = [ids[mask.bool()][None] for ids, mask in zip(probes.ids, probes.mask, strict=True)]
+
+    def activation(model: torch.nn.Module) -> Tensor:
+        outputs = [model(input_ids=text, output_hidden_states=True) for text in texts]
+        return torch.stack([output.hidden_states[-1][0, -1].float() for output in outputs]).mean(0)
+
+    base = activation(model)
+
+    @torch.no_grad()
+    def work() -> Outcome:
+        made = []
+        for directory in found:
+            adapted = PeftModel.from_pretrained(model, str(directory)).eval()
+            made.append(activation(adapted) - base)
+            adapted.unload()
+        return {"deltas": torch.stack(made)}
+
+    return work
+
+
+def cached_deltas(at_once: int | None, folder: Path, scale: Scale) -> Work:
+    """As the delta cache is filled: adapters from disk, so many in one forward pass, None: the default's number."""
+    model, probes, _ = probing(folder, scale)
+    found, base = saved_adapters(folder, scale), base_activation(model, probes)
+    size = at_once or probes.settings.at_once
+
+    @torch.no_grad()
+    def work() -> Outcome:
+        groups = [found[start : start + size] for start in range(0, len(found), size)]
+        batches = (stacked([read_adapter(directory) for directory in group]).to(model.device) for group in groups)
+        return {"deltas": torch.cat([delta_activation(model, batch, probes, base) for batch in batches])}
+
+    return work
+
+
 def deltas(together: bool, folder: Path, scale: Scale) -> Work:
-    """Deltas of all adapters, and the gradients of their squared size."""
+    """Deltas of all adapters, and the gradients of their squared size, as a generator is trained."""
     model, probes, adapters = probing(folder, scale)
     base = base_activation(model, probes)
 
@@ -77,13 +133,13 @@ def deltas_together(folder: Path, scale: Scale) -> Work:
     return deltas(True, folder, scale)
 
 
-def deltas_floor(folder: Path, scale: Scale) -> Floor:
-    """Every adapter's probes forward and backward; the lm_head does not run."""
+def deltas_floor(passes: int, folder: Path, scale: Scale) -> Floor:
+    """Every adapter's probes forward, and backward where there are two passes; the lm_head does not run."""
     _, probes, _ = probing(folder, scale)
     lengths = probes.mask.sum(1).tolist()
     pairs = sum(length * (length + 1) / 2 for length in lengths)
     one = scale.operations(sum(lengths), pairs, 0)
-    return Floor(2 * scale.adapters * one, 2 * scale.weight_bytes, scale.adapters * sum(lengths))
+    return Floor(passes * scale.adapters * one, passes * scale.weight_bytes, scale.adapters * sum(lengths))
 
 
 def teachers(together: bool, folder: Path, scale: Scale) -> Work:
@@ -158,9 +214,32 @@ def teachers_floor(folder: Path, scale: Scale) -> Floor:
     return Floor(2 * examples * one, 2 * STEPS * scale.weight_bytes, examples * length)
 
 
+PUBLISHED = "one probe at a time, through peft"
 DELTAS = Benchmark(
     name="delta_activations",
     what="delta activations of A adapters",
+    forms=(
+        Form(PUBLISHED, "naive", published_deltas),
+        Form("one by one", "other", partial(cached_deltas, 1)),
+        Form("together", "ours", partial(cached_deltas, None)),
+    ),
+    aims=(
+        Aim(
+            PUBLISHED,
+            "time",
+            3,
+            cause="Beside 'one by one', which has the probes of an adapter in one pass, the batch saves only the small "
+            "calls around the products: one adapter's probes fill two cores already.",
+        ),
+    ),
+    floor=partial(deltas_floor, 1),
+    floor_formula="A x forward(probe tokens); the base's weights are read once",
+    remains="Reading the adapters, padding of the probes, and each adapter's own small products.",
+    tolerance=1e-3,
+)
+DELTA_GRADIENTS = Benchmark(
+    name="delta_gradients",
+    what="delta activations of A adapters with their gradients",
     forms=(Form("one by one", "naive", deltas_one_by_one), Form("together", "ours", deltas_together)),
     aims=(
         Aim(
@@ -171,7 +250,7 @@ DELTAS = Benchmark(
             "only the small calls around the products. It is meant for a device that one adapter leaves idle.",
         ),
     ),
-    floor=deltas_floor,
+    floor=partial(deltas_floor, 2),
     floor_formula="2 x A x forward(probe tokens); the base's weights are read once in each direction",
     remains="Padding of the probes, and each adapter's own small products.",
     tolerance=1e-3,

@@ -6,35 +6,32 @@ python -m benchmarks.page [results=DIRECTORY] [page=README.md]
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from benchmarks.catalogue import BENCHMARKS, MEASURED, ON_REQUEST
-from benchmarks.harness import Aim, Benchmark
+from benchmarks.harness import Benchmark
 from benchmarks.plots import draw_growth, draw_ratios
 from benchmarks.results import (
     DIRECTORY,
     BenchmarkResult,
     Device,
     FormResult,
-    Point,
     Results,
     SeriesResult,
-    WorkflowResult,
-    growth_exponent,
     read_results,
 )
 from benchmarks.scaling import SERIES
+from benchmarks.short_falls import ratio, short_falls
 from benchmarks.weighed import NOT_MEASURED, WEIGHED
+from benchmarks.workflow_page import workflow_section
 from stillhouse.config.base import StrictModel
 from stillhouse.reporting.tables import Cell, Column, Table, format_estimate
 from stillhouse.runtime.commands import run_step
 from stillhouse.runtime.files import atomic_write_text
 
-WHOLE_MINUTES, NO_OP_SECONDS, GROWTH = 20.0, 3.0, 1.2
-MANY_JOBS, MANY_JOBS_SECONDS, ONE_FIGURE_SECONDS = 10_000, 60.0, 10.0
+WHOLE_MINUTES = 20.0
 INTRODUCTION = """# Benchmarks
 
 Each benchmark computes the same thing in several forms: the naive one, the tool that people would pick, and ours. It
@@ -54,8 +51,9 @@ tokens/s have the ratio of time. A dash: the form was only compared; or its FLOP
 engine is out of torch's sight, another row has them, or no aim asks for them. Every form takes three rounds, and more
 as long as they begin within some seconds (`Scale.seconds`). *Floor*: the least that any form must do, the operations of
 its formula over the rate that a large matrix product attains on the device, or its bytes over that of a large copy,
-whichever is longer. Attention counts as whole squares in the FLOPs and as the causal half in the floors. Sizes:
-`scale.py`.
+whichever is longer. Attention counts as whole squares in the FLOPs and as the causal half in the floors. *Peak memory*:
+of the weights and one unit of work; on a processor the resident memory above that of a process which did the same on a
+tiny scale, so that Python and the libraries, some 600 MiB in every form, are left out. Sizes: `scale.py`.
 """
 
 
@@ -184,17 +182,6 @@ def ratio_table(rows: list[tuple[Benchmark, BenchmarkResult]]) -> Table:
     return Table("ratios", "How many times as much the other form takes.", columns, tuple(cells))
 
 
-def ratio(result: BenchmarkResult, form: FormResult, quantity: str) -> float | None:
-    """The other form's quantity over ours; None where it was not measured."""
-    ours = result.ours
-    if quantity == "time":
-        return result.time_ratio(form.name).value if form.seconds else None
-    pair = (
-        (form.operations, ours.operations) if quantity == "operations" else (form.peak_memory_mib, ours.peak_memory_mib)
-    )
-    return pair[0] / pair[1] if pair[0] is not None and pair[1] else None
-
-
 def time_aim(benchmark: Benchmark, form: str) -> float | None:
     """What the time ratio is to reach."""
     return next((aim.at_least for aim in benchmark.aims if aim.against == form and aim.quantity == "time"), None)
@@ -230,77 +217,6 @@ def floor_notes(rows: list[tuple[Benchmark, BenchmarkResult]]) -> Iterator[str]:
     yield "Floors (`forward` as in `Scale.operations`: projections, causal attention, lm_head rows):\n"
     yield from (f"- {benchmark.what}: {benchmark.floor_formula}" for benchmark, _ in rows)
     yield ""
-
-
-def short_falls(rows: list[tuple[Benchmark, BenchmarkResult]], results: Results) -> Iterator[str]:
-    """Every aim that was missed, with its cause, and those that are met within the noise alone."""
-    yield "### What falls short\n"
-    device = results.device
-    missed = [
-        f"- {benchmark.what}, against {aim.against}: {aim.text}, measured {value:.2f}. {cause(benchmark, aim, results)}"
-        for benchmark, aim, value in missed_aims(rows, device)
-    ]
-    if results.workflow:
-        missed += [
-            f"- the workflow: {aim.text}, measured {aim.found}. {aim.cause}"
-            for aim in workflow_aims(results.workflow)
-            if not aim.met
-        ]
-    yield from missed
-    if not missed:
-        yield "Nothing: every aim is met."
-    for benchmark, result in rows:
-        for aim in benchmark.aims:
-            if applies(aim, device) and aim.quantity == "time":
-                found = result.time_ratio(aim.against)
-                if found.low < aim.at_least <= found.value:
-                    yield (
-                        f"- {benchmark.what}, against {aim.against}: {aim.text}, met by the median alone: the interval "
-                        f"over {found.n} rounds begins at {found.low:.2f}."
-                    )
-    yield ""
-
-
-def missed_aims(rows: list[tuple[Benchmark, BenchmarkResult]], device: Device) -> list[tuple[Benchmark, Aim, float]]:
-    """The aims of this device that were missed, each with what was measured."""
-    return [
-        (benchmark, aim, value)
-        for benchmark, result in rows
-        for aim in benchmark.aims
-        if applies(aim, device)
-        and (value := ratio(result, result.form(aim.against), aim.quantity)) is not None
-        and value < aim.at_least
-    ]
-
-
-def cause(benchmark: Benchmark, aim: Aim, results: Results) -> str:
-    """Why an aim was missed, with the measurements that show it."""
-    text, result = [aim.cause], results.benchmarks[benchmark.name]
-    if aim.without and any(form.name == aim.without for form in result.forms):
-        theirs, left = np.array(result.form(aim.against).seconds), np.array(result.form(aim.without).seconds)
-        text.append(f"Beside '{aim.without}' it takes {np.median(theirs / left):.2f} x.")
-    if aim.series and aim.series in results.series:
-        label, curves = SERIES[aim.series].label, results.series[aim.series].curves
-        slopes = {name: line(points) for name, points in curves.items()}
-        (ours, fixed), size = slopes[result.ours.name], curves[result.ours.name][-1].value
-        text.append(f"Of our time at {size:g} {label}, {fixed / (fixed + ours * size):.0%} does not grow with them.")
-        if aim.against in slopes:
-            ratio_of_slopes = slopes[aim.against][0] / ours
-            text.append(
-                f"Each further one costs the other form {ratio_of_slopes:.1f} x as much: more cannot be reached."
-            )
-    return " ".join(text)
-
-
-def line(points: tuple[Point, ...]) -> tuple[float, float]:
-    """Slope and intercept of the seconds over the sizes, by least squares."""
-    slope, intercept = np.polyfit([point.value for point in points], [np.median(point.seconds) for point in points], 1)
-    return float(slope), float(intercept)
-
-
-def applies(aim: Aim, device: Device) -> bool:
-    """Whether the aim is one of this kind of device."""
-    return aim.device == "any" or aim.device == device.kind
 
 
 def rate_table(rows: list[tuple[Benchmark, BenchmarkResult]], device: Device) -> Table:
@@ -350,88 +266,6 @@ def weighed_table(rows: list[tuple[Benchmark, BenchmarkResult]]) -> Table:
         Column("decision"),
     )
     return Table("weighed", "How many times as much the one form takes as ours.", columns, tuple(cells))
-
-
-@dataclass(frozen=True)
-class WorkflowAim:
-    """One of the workflow's aims. found: what was measured, with its unit."""
-
-    text: str
-    found: str
-    met: bool
-    cause: str = ""
-
-
-def workflow_aims(workflow: WorkflowResult) -> Iterator[WorkflowAim]:
-    """Every aim of looking at the DAG, met or not, with what bounds it."""
-    start, no_op = workflow.start.seconds, workflow.default["no-op"].seconds
-    rest = "the rest validates the configuration, digests the code and checks every output"
-    yield WorkflowAim(
-        f"a no-op run under {NO_OP_SECONDS:g} s with the default configuration",
-        f"{no_op:.1f} s",
-        no_op < NO_OP_SECONDS,
-        f"The floor, snakemake's own start, is {start:.1f} s, {start / no_op:.0%} of it; {rest}.",
-    )
-    for size in workflow.sizes:
-        jobs, taken = size["dry run"].jobs, size["dry run"].seconds
-        if jobs >= MANY_JOBS:
-            yield WorkflowAim(
-                f"a dry run of {MANY_JOBS:,} jobs within {MANY_JOBS_SECONDS:g} s",
-                f"{taken:.0f} s of {jobs:,} jobs",
-                taken < MANY_JOBS_SECONDS,
-                f"{1000 * (taken - start) / jobs:.1f} ms a job: snakemake's objects, and the settings of each.",
-            )
-    looks = [size["one figure"] for size in (workflow.default, *workflow.sizes)]
-    slowest = max(looks, key=lambda look: look.seconds)
-    yield WorkflowAim(
-        "one figure is looked at in seconds, whatever the other studies hold",
-        f"{slowest.seconds:.1f} s at most, of {slowest.jobs} jobs",
-        slowest.seconds < ONE_FIGURE_SECONDS,
-        "The configuration of every study is validated and its targets are listed all the same.",
-    )
-    sizes = [float(size["dry run"].jobs) for size in workflow.sizes]
-    for name in ("dry run", "no-op"):
-        exponent = growth_exponent(sizes, [size[name].processor_seconds for size in workflow.sizes])
-        yield WorkflowAim(
-            f"near-linear growth of the {name}",
-            f"processor time ~ jobs^{exponent:.2f} over {len(sizes)} sizes",
-            exponent <= GROWTH,
-            f"An exponent of at most {GROWTH:g} counts as near-linear.",
-        )
-
-
-def workflow_section(workflow: WorkflowResult) -> Iterator[str]:
-    """Seconds of looking at the DAG, and their growth."""
-    yield "### The workflow\n"
-    cells: list[tuple[Cell, ...]] = []
-    for label, size in (("default", workflow.default), *((None, size) for size in workflow.sizes)):
-        jobs = size["dry run"].jobs
-        times = [command.seconds for command in size.values()]
-        peak = max((command.peak_memory_mib for command in size.values() if command.peak_memory_mib), default=None)
-        cells.append((label or "five studies, 6 models, 20 conditions", jobs, *times, peak))
-    columns = (
-        Column("configuration"),
-        Column("jobs", "integer"),
-        *(Column(name, "number", 1, f"{name}, s") for name in workflow.default),
-        Column("peak memory", "integer", heading="peak memory, MiB"),
-    )
-    yield Table(
-        "workflow",
-        "Seconds of a dry run, of one of a single figure, and of a run that finds nothing to do. The sizes differ in "
-        "seeds and in points of a sweep over each condition; the figure's own study stays as by default.",
-        columns,
-        tuple(cells),
-    ).to_markdown()
-    start, no_op = workflow.start.seconds, workflow.default["no-op"].seconds
-    yield (
-        f"Floor: Python and snakemake alone, on a Snakefile of one rule whose input is there, take {start:.1f} s, "
-        f"{start / no_op:.0%} of the default no-op run. What is left: the configuration, the digests of the code, and "
-        "a look at every output. Imports are compiled once and kept; with `PYTHONDONTWRITEBYTECODE` set every start "
-        "compiles them again.\n"
-    )
-    yield "\n".join(
-        [*(f"- {aim.text}: {'met' if aim.met else 'missed'}, {aim.found}." for aim in workflow_aims(workflow)), ""]
-    )
 
 
 def missing_section(found: list[Results]) -> str:

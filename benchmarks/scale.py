@@ -34,6 +34,7 @@ class Scale:
 
     rounds: how often each form takes its turn at most; seconds: after so long no round begins but the first few.
     examples: of a teacher cache. documents: of a corpus, extracted in batches of `batch_tokens`.
+    questions: of an evaluation. generated: tokens of each answer, on a processor a quarter of the default's 112.
     """
 
     layers: int = 4
@@ -54,6 +55,8 @@ class Scale:
     text_length: int = 10
     adapters: int = 16
     checkpoints: int = 5
+    questions: int = 16
+    generated: int = 28
     precision: Precision = "fp32"
     rounds: int = 9
     seconds: float = 6.0
@@ -85,6 +88,8 @@ GPU = Scale(
     answer=96,
     documents=512,
     batch_tokens=8192,
+    questions=128,
+    generated=112,
     context=200,
     latents=32,
     examples=64,
@@ -112,6 +117,8 @@ TINY = Scale(
     text_length=4,
     adapters=2,
     checkpoints=1,
+    questions=2,
+    generated=4,
 )
 
 

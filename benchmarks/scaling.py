@@ -57,7 +57,7 @@ SERIES: dict[str, Series] = {
             "latents", "latentwire_step", "latents", "latents, M", (4, 16, 64, 256),
             ("teacher in the step", "cached teacher"),
         ),
-        Series("adapters", "delta_activations", "adapters", "adapters, A", (1, 2, 4, 8), ("one by one", "together")),
+        Series("adapters", "delta_gradients", "adapters", "adapters, A", (1, 2, 4, 8), ("one by one", "together")),
         Series(
             "checkpoints", "evaluation", "checkpoints", "checkpoints", (1, 2, 4),
             ("transformers generate", "one engine start"),

@@ -210,8 +210,9 @@ COMPILE = Benchmark(
     aims=(),
     floor=lens_floor,
     floor_formula="as of the lens decoder",
-    remains="Left to the user: `lens.compile`, off by default, pays where a run has enough steps to earn back its "
-    "first one. Other studies, whose rows change in length and number, have no such switch.",
+    remains="`lens.compile` is off by default. On a processor it does not pay: its first step takes as long as "
+    "hundreds of later ones, and those are hardly faster, if at all. Open on GPUs. Other studies, whose rows change in "
+    "length and number, have no such switch.",
     change=lambda scale: replace(scale, text_length=min(10, scale.text_length), rounds=min(3, scale.rounds)),
 )
 LOADING = Benchmark(

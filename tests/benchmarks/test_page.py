@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.__main__ import chosen, keep, keep_whole
 from benchmarks.catalogue import BENCHMARKS, MEASURED
-from benchmarks.page import missed_aims, write_page
+from benchmarks.page import write_page
 from benchmarks.results import (
     DIRECTORY,
     BenchmarkResult,
@@ -23,6 +23,7 @@ from benchmarks.results import (
     WorkflowResult,
     read_results,
 )
+from benchmarks.short_falls import missed_aims
 from stillhouse.runtime.errors import ConfigurationError
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)

@@ -17,7 +17,11 @@ from stillhouse.models.target_cache import TeacherTargets
 from stillhouse.runtime.errors import UserError
 from stillhouse.runtime.seeds import generator
 from stillhouse.studies.context_distillation.data import student_data, teacher_examples
-from stillhouse.studies.context_distillation.objective import ContextDistillationObjective, kl_divergence
+from stillhouse.studies.context_distillation.objective import (
+    ContextDistillationObjective,
+    kl_divergence,
+    mean_squared_difference,
+)
 from stillhouse.studies.context_distillation.run_settings import DistillationSettings
 from stillhouse.studies.context_distillation.teacher import CachedTeacher, OnlineTeacher
 
@@ -206,6 +210,24 @@ def test_a_timing_window_switches_the_term_off_and_still_logs_it(
         expected = terms.terms["ce"] + (settings.weight if step in active else 0) * terms.terms["distillation"]
         assert terms.terms["distillation"] > 0
         torch.testing.assert_close(terms.total.detach(), expected)
+
+
+def test_the_squared_difference_has_gather_s_gradient_and_keeps_no_logits() -> None:
+    weights, values = torch.randn(6, 50, dtype=torch.float64, requires_grad=True), torch.randn(6, 8).double()
+    ids = torch.randint(50, (6, 8))
+    ids[:, 1] = ids[:, 0]  # mse_random_k may draw an id twice
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    reference = (weights.gather(1, ids) - values).square().mean(1).sum()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        found = mean_squared_difference(weights, ids, values)
+    torch.testing.assert_close(found, reference)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, weights)[0] for loss in (found, reference)))
+    assert kept and all(tensor.shape[1] == 8 for tensor in kept if tensor.ndim == 2)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 4.0])

@@ -12,6 +12,8 @@ last one are.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -108,7 +110,25 @@ class ContextDistillationObjective:
 
 def mean_squared_difference(student: Tensor, ids: Tensor, values: Tensor) -> Tensor:
     """Sum over rows of the mean over K of (student logit - value)^2. student: [R, vocab]; ids, values: [R, K]."""
-    return (student.gather(1, ids) - values.float()).square().mean(1).sum()
+    chosen: Tensor = _Chosen.apply(student, ids)
+    return (chosen - values.float()).square().mean(1).sum()
+
+
+class _Chosen(torch.autograd.Function):
+    """`gather(1, ids)` that keeps the ids alone: torch's own holds the logits, which nothing else needs any more."""
+
+    @staticmethod
+    def forward(context: Any, logits: Tensor, ids: Tensor) -> Tensor:
+        """logits: [R, vocab]; ids: [R, K], which may repeat."""
+        context.save_for_backward(ids)
+        context.vocabulary = logits.shape[1]
+        return logits.gather(1, ids)
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        """The gradient of the logits."""
+        [ids] = context.saved_tensors
+        return gradients[0].new_zeros(len(ids), context.vocabulary).scatter_add_(1, ids, gradients[0]), None
 
 
 def kl_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
