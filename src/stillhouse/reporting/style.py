@@ -96,7 +96,7 @@ KNOWN_CONDITIONS = {
     "unfrozen": ConditionStyle(PURPLE, "v"),
     "teacher": ConditionStyle(BLACK, "*"),
     "ptq": ConditionStyle(GREY, "X"),
-    "gptq": ConditionStyle(SKY, "^"),
+    "gptq": ConditionStyle(SKY, "p"),
     "awq": ConditionStyle(PURPLE, "P"),
     "off_policy": ConditionStyle(BLUE, "o"),
     "on_policy": ConditionStyle(VERMILLION, "^"),
