@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional
 
 from benchmarks.harness import Aim, Benchmark, Floor, Form, Work, compare, measure, relative_difference
-from benchmarks.instruments import by_turns, operations
+from benchmarks.instruments import by_turns, operations, read_weights
 from benchmarks.scale import Scale
 from stillhouse.runtime.errors import UserError
 
@@ -104,6 +104,12 @@ def test_a_scale_s_forward_pass_is_what_its_model_does(tmp_path: Path) -> None:
     model = load_model(model_directory(tmp_path, scale), "fp32")
     counted = operations(lambda: model(input_ids=torch.zeros(1, 12, dtype=torch.long), use_cache=False))
     assert counted == pytest.approx(scale.operations(tokens=12, pairs=12 * 12, rows=12), rel=1e-3)  # and rotations
+
+
+def test_weights_are_read_in_of_models_that_have_empty_ones_too() -> None:
+    module = torch.nn.ParameterList([torch.zeros(0), torch.ones(3)])
+    read_weights()
+    assert [parameter.numel() for parameter in module] == [0, 3]
 
 
 @pytest.mark.slow
