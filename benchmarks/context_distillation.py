@@ -260,8 +260,8 @@ STEP = Benchmark(
             cause="The naive form recomputes its activations, ours keeps those of a whole update, which is what makes "
             "it fast. `training.micro_batch_tokens` trades time for memory, and so does "
             "`training.gradient_checkpointing`: see the forms with one example in a pass and with recomputed "
-            "activations. The output embeddings of this scale are small for its width: with a real vocabulary the naive "
-            "form's logits would weigh more beside the activations.",
+            "activations. The output embeddings of this scale are small for its width: with a real vocabulary the "
+            "naive form's logits would weigh more beside the activations.",
         ),
     ),
     floor=step_floor,
