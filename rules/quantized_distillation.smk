@@ -114,7 +114,10 @@ ruleorder: quantized_distillation_calibrate > quantized_distillation_export
 
 
 rule quantized_distillation_calibrate:
-    """Round the base with GPTQ or AWQ on calibration data, in llmcompressor's own environment."""
+    """Round the base with GPTQ or AWQ on calibration data, with llmcompressor's packages.
+
+    One column comes after another: a second thread costs more than it gives.
+    """
     input:
         unpack(quant_calibrate_inputs),
     output:
@@ -126,7 +129,7 @@ rule quantized_distillation_calibrate:
         "logs/benchmarks/quantized_distillation/{model}/exported/{condition}/seed_0.jsonl"
     conda:
         "../envs/stillhouse.yaml"
-    threads: 1  # one column after another: a second thread costs more than it gives
+    threads: 1
     resources:
         gpu=1,
         mem_mb=RESOURCES.evaluation.memory_mb,

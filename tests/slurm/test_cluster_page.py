@@ -93,9 +93,10 @@ class Reader:
         self.said[command] = [done.stdout]
 
     def stops_and_repeats(self, command: str) -> None:
-        """Ctrl-C as soon as something is submitted; the same command continues."""
+        """Ctrl-C once everything that is ready has been submitted; the same command continues."""
         process = self.checkout.start(command.replace("TARGET", TARGETS), heard=False)
         self.waits(one_node.queue, "a job to be submitted")
+        time.sleep(5)  # The signal goes to a submission in flight too, which then fails instead of being cancelled.
         interrupt(process)
         self.waits(lambda: not one_node.queue(), "the jobs to be cancelled")
         self.cancelled = {job for job, state in map(str.split, one_node.queue("all", "%i %T")) if state == "CANCELLED"}

@@ -52,7 +52,7 @@ def interrupt(process: subprocess.Popen[str]) -> None:
     """Ctrl-C: the signal goes to all that the shell has started; what does not heed it is killed."""
     os.killpg(process.pid, signal.SIGINT)
     try:
-        process.wait(60)
+        process.wait(180)
     finally:
         kill(process)
 

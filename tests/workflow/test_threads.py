@@ -15,9 +15,15 @@ from stillhouse.config.resources import JobResources
 from stillhouse.runtime.code_digests import import_closure, module_path
 
 COMPUTING = {"torch", "transformers", "peft", "vllm", "torchao"}
-# They reach torch and compute little with it: files are read, converted, tokenised.
+# They reach torch and compute little with it (files are read, converted, tokenised), or one column after another.
 TAKES_THREADS = re.compile(r'RESOURCES\.\w+\.threads|threads_of_one\(RESOURCES\.\w+, "\w+"\)')
-ONE_THREAD = {"dataset", "consistency_lens_tokens", "lora_generation_collect", "quantized_distillation_export"}
+ONE_THREAD = {
+    "dataset",
+    "consistency_lens_tokens",
+    "lora_generation_collect",
+    "quantized_distillation_calibrate",
+    "quantized_distillation_export",
+}
 
 
 def computes(module: str) -> bool:
