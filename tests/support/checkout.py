@@ -13,6 +13,7 @@ import subprocess
 import sys
 import sysconfig
 import venv
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,10 +50,17 @@ class Checkout:
 
 
 def interrupt(process: subprocess.Popen[str]) -> None:
-    """Ctrl-C: the signal goes to all that the shell has started; what does not heed it is killed."""
-    os.killpg(process.pid, signal.SIGINT)
+    """Ctrl-C, and again where a minute brings no end: the signal goes to all that the shell has started.
+
+    Raises `TimeoutExpired` for what heeds neither, and kills it.
+    """
     try:
-        process.wait(180)
+        os.killpg(process.pid, signal.SIGINT)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(60)
+            return
+        os.killpg(process.pid, signal.SIGINT)
+        process.wait(120)
     finally:
         kill(process)
 
