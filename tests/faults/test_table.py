@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+from argparse import ArgumentTypeError
 from collections.abc import Iterator
 from pathlib import Path
 
-from support.fault_table import BEGIN, END
+import pytest
+from support.fault_table import BEGIN, END, page_with_table
 
 TESTS = Path(__file__).parents[1]
 PAGE = TESTS.parent / "docs/reliability.md"
@@ -26,3 +28,13 @@ def test_the_rows_of_the_page_are_the_faults_of_the_suite() -> None:
     assert sorted(rows) == sorted(set(marked_faults())), (
         "python -m pytest tests -m fault --faults --fault-table docs/reliability.md"
     )
+
+
+def test_a_page_without_a_place_for_the_table_is_refused_before_the_run(tmp_path: Path) -> None:
+    assert page_with_table(str(PAGE)) == PAGE
+    with pytest.raises(ArgumentTypeError, match="is no file"):
+        page_with_table(str(tmp_path / "absent.md"))
+    page = tmp_path / "page.md"
+    page.write_text(BEGIN + "a table without an end, and the rest of the page\n")
+    with pytest.raises(ArgumentTypeError, match="lacks the lines"):
+        page_with_table(str(page))

@@ -7,6 +7,7 @@ Tests marked `faults` take minutes and run with `--faults` alone.
 
 from __future__ import annotations
 
+from argparse import ArgumentTypeError
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +30,20 @@ class Row:
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("stillhouse")
     group.addoption("--faults", action="store_true", help="run the slow part of the fault suite too")
-    group.addoption("--fault-table", type=Path, metavar="PAGE", help="write the counted faults into this page")
+    group.addoption(
+        "--fault-table", type=page_with_table, metavar="PAGE", help="write the counted faults into this page"
+    )
+
+
+def page_with_table(argument: str) -> Path:
+    """The page to write, refused before the minutes of a run when there is no place for the table in it."""
+    page = Path(argument)
+    if not page.is_file():
+        raise ArgumentTypeError(f"{page} is no file: name the page that holds the table, docs/reliability.md")
+    _, begin, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+    if not begin or END not in rest:
+        raise ArgumentTypeError(f"{page} lacks the lines {BEGIN.strip()} and {END.strip()}: add both, in this order")
+    return page
 
 
 def leave_out_long_faults(config: pytest.Config, items: list[pytest.Item]) -> None:
