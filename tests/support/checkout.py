@@ -13,7 +13,6 @@ import subprocess
 import sys
 import sysconfig
 import venv
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +35,8 @@ class Checkout:
     def start(self, command: str, heard: bool = True) -> subprocess.Popen[str]:
         """Start a command that stays, in a session of its own; what it says is read from it, or by nobody."""
         return subprocess.Popen(
-            self._shell(command, True),
+            # Whoever runs the suite in the background (`nohup ... &`) bequeaths that Ctrl-C is ignored.
+            ["env", "--default-signal=INT", *self._shell(command, True)],
             cwd=self.directory,
             env=_environment(),
             stdout=subprocess.PIPE if heard else subprocess.DEVNULL,
@@ -50,15 +50,8 @@ class Checkout:
 
 
 def interrupt(process: subprocess.Popen[str]) -> None:
-    """Ctrl-C, and again where a minute brings no end: the signal goes to all that the shell has started.
-
-    Raises `TimeoutExpired` for what heeds neither, and kills it.
-    """
+    """Ctrl-C: the signal goes to all that the shell has started. Raises `TimeoutExpired` for what does not heed it."""
     try:
-        os.killpg(process.pid, signal.SIGINT)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(60)
-            return
         os.killpg(process.pid, signal.SIGINT)
         process.wait(120)
     finally:
