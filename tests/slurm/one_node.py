@@ -27,7 +27,7 @@ MARK = "# Written by tests/slurm/one_node.py of Stillhouse; `one_node.py down` r
 DEFAULT_DIRECTORY = Path(tempfile.gettempdir()) / "stillhouse-slurm"
 GPUS = 4
 NODE = "localhost"
-# One node in two partitions, as on a cluster with a queue for GPU jobs.
+# One node in three partitions, as on a cluster with a queue for GPU jobs and one whose jobs take their place.
 SLURM_CONF = """\
 ClusterName=stillhouse
 SlurmctldHost={node}
@@ -45,6 +45,8 @@ AccountingStorageType=accounting_storage/none
 JobAcctGatherType=jobacct_gather/none
 JobCompType=jobcomp/none
 JobRequeue=1
+PreemptType=preempt/partition_prio
+PreemptMode=CANCEL
 KillWait=5
 MinJobAge=3600
 ReturnToService=2
@@ -59,6 +61,7 @@ GresTypes=gpu
 NodeName={node} NodeAddr=127.0.0.1 CPUs=8 RealMemory=64000 Gres=gpu:{gpus} State=UNKNOWN
 PartitionName=cpu Nodes={node} Default=YES MaxTime=INFINITE State=UP
 PartitionName=gpu Nodes={node} MaxTime=INFINITE State=UP
+PartitionName=urgent Nodes={node} MaxTime=INFINITE State=UP PriorityTier=2
 """
 GRES_CONF = "NodeName={node} Name=gpu File={directory}/devices/gpu[0-{last}]\n"
 # Without this file slurmd looks for cgroups, which containers do not offer.

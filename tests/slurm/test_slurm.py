@@ -17,8 +17,8 @@ from support.workflow import Workflow, make_workflow
 
 from stillhouse.runtime.files import read_json
 
-# A student for each disturbance.
-CANCELLED, LOST, TERMINATED = SEEDS = (1, 2, 3)
+# A student for each disturbance, and for each of the node's GPUs.
+SEEDS = (1, 2, 3, 4)
 STUDY = {
     "conditions": ["base_zero_shot", "baseline"],
     "seeds": list(SEEDS),
@@ -44,9 +44,11 @@ class Disturbed:
 
     project: Workflow
     undisturbed: Workflow
+    students: dict[str, int]
     cancelled: str
     lost: str
     terminated: str
+    preempted: str
 
 
 @pytest.fixture(scope="module")
@@ -60,23 +62,28 @@ def disturbed(slurm: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFa
         environment.setenv("STILLHOUSE_FAKE_GPUS", ",".join(f"GPU-{number}" for number in range(one_node.GPUS)))
         process = project.start(*PROFILE, *IMPATIENT, cores=None)
     try:
-        cancelled, lost, terminated = held_in_training(project, process)
+        students = held_in_training(project, process)
+        preempted = preempted_by_a_more_urgent_job(set(students), process)
+        cancelled, lost, terminated = sorted(set(students) - {preempted}, key=int)
         one_node.run("scancel", "--signal=CONT", terminated)
         one_node.run("scancel", "--signal=TERM", terminated)  # As Slurm does before a job's time is over.
         one_node.run("scancel", cancelled)
         set_node("drain")
         assert one_node.node_state() == "draining"
-        wait(lambda: (terminated, "FAILED") in states(), process, f"job {terminated} to save its state and end")
+        wait(lambda: (terminated, "PENDING") in states(), process, f"job {terminated} to save its state and end")
+        for job in (preempted, terminated):
+            one_node.run("scontrol", "hold", job)  # Until the node is back and no other job needs looking after.
         set_node("down")
         start_again(lost, process, lambda: set_node("resume"))
-        wait(lambda: continued(project, LOST) == 1, process, f"job {lost} to continue")
-        one_node.run("scontrol", "requeue", lost)  # What Slurm does to a job that it preempts.
-        start_again(lost, process)
+        wait(lambda: continued(project, students[lost]) == 1, process, f"job {lost} to continue")
+        one_node.run("scontrol", "requeue", lost)  # What an administrator does.
+        for job in (lost, terminated, preempted):
+            start_again(job, process)
         assert process.wait(900) == 0, messages(project)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-    return Disturbed(project, undisturbed, cancelled, lost, terminated)
+    return Disturbed(project, undisturbed, students, cancelled, lost, terminated, preempted)
 
 
 def test_a_workflow_that_loses_jobs_and_a_node_ends_with_the_results_of_an_undisturbed_run(
@@ -93,9 +100,9 @@ def test_a_workflow_that_loses_jobs_and_a_node_ends_with_the_results_of_an_undis
 
 
 def test_every_disturbed_training_goes_on_from_its_last_state(disturbed: Disturbed) -> None:
-    project, lost = disturbed.project, disturbed.lost
-    ends = {(disturbed.cancelled, "CANCELLED"), (disturbed.terminated, "FAILED"), (lost, "COMPLETED")}
-    assert ends <= states()
+    project, students = disturbed.project, disturbed.students
+    put_back = {disturbed.lost: 2, disturbed.terminated: 1, disturbed.preempted: 1}
+    assert {(disturbed.cancelled, "CANCELLED"), *((job, "COMPLETED") for job in put_back)} <= states()
     attempts = {}
     for seed in SEEDS:
         record = student(project, seed, "run.json")
@@ -104,14 +111,15 @@ def test_every_disturbed_training_goes_on_from_its_last_state(disturbed: Disturb
         assert record["scheduler"]["partition"] == "gpu"
         assert record["visible_devices"] in {str(number) for number in range(one_node.GPUS)}
         attempts[seed] = record["scheduler"]["slurm_job_id"]
-    assert attempts[LOST] == lost, "Slurm did not start the lost job again itself"
-    assert continued(project, LOST) == 2, "a job that Slurm starts again did not append to its log"
-    for seed, first in ((CANCELLED, disturbed.cancelled), (TERMINATED, disturbed.terminated)):
-        assert attempts[seed] != first, f"job {first} was not submitted again"
-        assert [log.stem for log in job_logs(project, seed)] == [first, attempts[seed]]
-    last_words = job_logs(project, TERMINATED)[0].read_text()
-    assert "SIGTERM: saving the state after this step" in last_words
-    assert "exit status 75" in last_words, "the training was killed before it had saved its state"
+    for job, times in put_back.items():
+        assert attempts[students[job]] == job, f"Slurm did not start job {job} again itself"
+        assert continued(project, students[job]) == times, f"job {job} did not append to its log"
+    again = attempts[students[disturbed.cancelled]]
+    assert again != disturbed.cancelled, f"job {disturbed.cancelled} was not submitted again"
+    assert [log.stem for log in job_logs(project, students[disturbed.cancelled])] == [disturbed.cancelled, again]
+    said = job_logs(project, students[disturbed.terminated])[0].read_text()
+    assert "SIGTERM: saving the state after this step" in said
+    assert f"job {disturbed.terminated} goes back into Slurm's queue" in said
 
 
 def test_jobs_ask_for_what_the_profile_says(disturbed: Disturbed) -> None:
@@ -135,8 +143,11 @@ def figures(project: Workflow) -> list[Path]:
     return sorted((project.directory / DRAWN).glob("*.png"))
 
 
-def held_in_training(project: Workflow, process: subprocess.Popen[bytes]) -> list[str]:
-    """The Slurm jobs of the students, each stopped as soon as it has saved a state: none ends before its time."""
+def held_in_training(project: Workflow, process: subprocess.Popen[bytes]) -> dict[str, int]:
+    """The Slurm jobs of the students, and the seed of each.
+
+    Each is stopped as soon as it has saved a state, so that none ends before its time.
+    """
     jobs: dict[int, str] = {}
 
     def hold() -> bool:
@@ -148,7 +159,21 @@ def held_in_training(project: Workflow, process: subprocess.Popen[bytes]) -> lis
         return len(jobs) == len(SEEDS)
 
     wait(hold, process, "every student to save a state")
-    return [jobs[seed] for seed in SEEDS]
+    return {job: seed for seed, job in jobs.items()}
+
+
+def preempted_by_a_more_urgent_job(jobs: set[str], process: subprocess.Popen[bytes]) -> str:
+    """Let a job of a partition that goes first come and go while `jobs` fill the node; the one whose place it takes."""
+    request = ("--parsable", "--partition=urgent", "--gres=gpu:1", "--mem=1000", "--output=/dev/null", "--wrap=true")
+    urgent = one_node.run("sbatch", *request)
+    wait(lambda: (urgent, "COMPLETED") in states(), process, f"job {urgent} to take another's place")
+
+    def put_back() -> set[str]:
+        return {job for job in jobs if (job, "PENDING") in states()}
+
+    wait(lambda: bool(put_back()), process, "the job that was preempted to be queued again")
+    [preempted] = put_back()
+    return preempted
 
 
 def job_logs(project: Workflow, seed: int) -> list[Path]:
@@ -178,7 +203,9 @@ def start_again(job: str, process: subprocess.Popen[bytes], prepare: Callable[[]
 
     wait(lambda: (job, "PENDING") in states(), process, f"job {job} to be queued again")
     wait(lambda: not one_node.runs_here(job), process, f"the remains of job {job} to go")
+    time.sleep(2)  # The node's daemon refuses an attempt that begins in the second in which the last one ended.
     prepare()
+    one_node.run("scontrol", "release", job)
     one_node.run("scontrol", "update", f"JobId={job}", "StartTime=now")
     wait(started, process, f"job {job} to start")
 

@@ -13,8 +13,10 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
 from support import forked
+from support.fake_slurm import RUNNING, FakeSlurm
 
 from stillhouse.runtime.errors import UserError
+from stillhouse.training.processes import INTERRUPTED_STATUS
 from stillhouse.training.tracking import read_metrics
 from tests.training.tiny_run import REPOSITORY, tiny_settings, tiny_train
 
@@ -76,6 +78,17 @@ def test_a_sharded_training_that_is_killed_is_continued(tiny_model: Path, tmp_pa
     tiny_train(tiny_model, tmp_path / "one", tiny_settings(method="full"))
     weights = [load_file(tmp_path / run / "output/checkpoint-8/model.safetensors") for run in ("one", "two")]
     torch.testing.assert_close(weights[1], weights[0], atol=2e-5, rtol=0)
+
+
+@pytest.mark.slow
+def test_two_processes_that_are_told_to_end_ask_once_for_their_job_to_be_started_again(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slurm = FakeSlurm(tmp_path, monkeypatch)
+    slurm.knows(RUNNING, requeue=f"ls -d {tmp_path}/two/work/state-5 >> {slurm.asked_file}")
+    done = run_two(tiny_model, tmp_path / "two", "--terminate-at", "5")
+    assert [one.returncode for one in done] == [INTERRUPTED_STATUS] * 2
+    assert slurm.asked == ["requeue 17", str(tmp_path / "two/work/state-5")], "asked before the state was saved"
 
 
 def test_sharding_is_refused_for_lora() -> None:

@@ -1,4 +1,4 @@
-"""A step of the workflow that hears SIGTERM saves its state and ends, and its log has its last words."""
+"""A step of the workflow that hears SIGTERM saves its state and ends, its last words in its log; its job goes on."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from support.fake_slurm import PREEMPTED, FakeSlurm
 from support.workflow import REPOSITORY
+
+from stillhouse.runtime.scheduler import REQUEUE_VARIABLE
 
 SNAKEFILE = f"""
 include: "{REPOSITORY}/rules/termination.smk"
@@ -43,8 +46,11 @@ sys.exit(75)
     [pytest.param(os.kill, id="the first process is told"), pytest.param(os.killpg, id="each process is told")],
 )
 def test_a_step_of_a_cluster_job_that_is_told_to_end_saves_its_state_first(
-    tmp_path: Path, tell: Callable[[int, int], None]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tell: Callable[[int, int], None]
 ) -> None:
+    slurm = FakeSlurm(tmp_path, monkeypatch)
+    slurm.knows(PREEMPTED)
+    monkeypatch.delenv(REQUEUE_VARIABLE)
     (tmp_path / "Snakefile").write_text(SNAKEFILE)
     (tmp_path / "step.py").write_text(STEP)
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY / "src")}
@@ -63,3 +69,4 @@ def test_a_step_of_a_cluster_job_that_is_told_to_end_saves_its_state_first(
     assert (tmp_path / "state").exists(), messages
     assert (tmp_path / "step.log").read_text() == "saving\nsaved\n"
     assert "exit status 75" in messages
+    assert slurm.asked.count("requeue 17") == 1

@@ -24,6 +24,7 @@ from stillhouse.runtime.code_digests import SOURCE_ROOT, code_digests
 from stillhouse.runtime.device_usage import DeviceMonitor
 from stillhouse.runtime.digests import digest, short_digest
 from stillhouse.runtime.files import MANIFEST, sha256_file, write_sealed_json
+from stillhouse.runtime.scheduler import slurm_job
 
 PACKAGES = (
     "torch",
@@ -157,16 +158,6 @@ def placement() -> dict[str, Any]:
         "host": platform.node(),
         "visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES"),
         "scheduler": slurm_job() if "SLURM_JOB_ID" in os.environ else None,
-    }
-
-
-def slurm_job() -> dict[str, str | None]:
-    """The Slurm job that the run is part of, its node and how often Slurm itself started it again."""
-    return {
-        "slurm_job_id": os.environ["SLURM_JOB_ID"],
-        "node": os.environ.get("SLURMD_NODENAME"),
-        "partition": os.environ.get("SLURM_JOB_PARTITION"),
-        "restarts": os.environ.get("SLURM_RESTART_COUNT", "0"),
     }
 
 

@@ -2,7 +2,8 @@
 
 Slurm announces the end of a job by a signal. Where it tracks processes by control groups, as most clusters do, it sends
 it to the first process of each step alone. In a job of the workflow that is Snakemake, which then waits for its step
-and tells it nothing: a training would not hear that its time is nearly over.
+and tells it nothing: a training would not hear that its time is nearly over. The same signal comes when Slurm ends the
+job at once for a more urgent one; then the job asks to be started again.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+
+from stillhouse.runtime.scheduler import requeue_preempted_job
 
 
 def hand_on_termination() -> None:
@@ -27,11 +30,13 @@ def hand_on_termination() -> None:
 
 
 def _hand_on(reader: int) -> None:
+    requeued = False
     while received := os.read(reader, 1):
         if received[0] == signal.SIGTERM:
             for process in list(_below(os.getpid())):
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.kill(process, signal.SIGTERM)
+            requeued = requeued or requeue_preempted_job()
 
 
 def _below(process: int) -> Iterator[int]:

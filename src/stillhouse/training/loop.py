@@ -39,6 +39,7 @@ from stillhouse.models.loading import enable_gradient_checkpointing
 from stillhouse.models.precision import ResolvedPrecision, resolve_precision, torch_dtype
 from stillhouse.runtime.errors import UserError
 from stillhouse.runtime.logs import logger
+from stillhouse.runtime.scheduler import requeue_interrupted_job
 from stillhouse.runtime.seeds import derived_seed, seed_everything
 from stillhouse.training.checkpoints import (
     Progress,
@@ -255,6 +256,9 @@ class Trainer:
                         settings.keep_resume_states,
                     )
                 if stopped and step < settings.steps:
+                    self.accelerator.wait_for_everyone()
+                    if main:
+                        requeue_interrupted_job()
                     self.accelerator.wait_for_everyone()
                     raise TrainingInterrupted
         if metrics and report:
