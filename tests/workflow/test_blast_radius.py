@@ -115,7 +115,7 @@ REACHED_BY: dict[str, str] = {
     "split": ("data.record_files data.split data.splits"),
     "split teacher_cache train evaluate": (
         "assets assets.answers assets.records config.assets data data.records runtime.code_digests "
-        "runtime.device_usage runtime.digests runtime.records"
+        "runtime.device_usage runtime.digests runtime.records runtime.scheduler"
     ),
     "split teacher_cache train evaluate figures report": (
         "config config.base config.layering runtime runtime.commands runtime.errors runtime.files "
