@@ -10,12 +10,12 @@ from slurm import one_node
 
 
 @pytest.fixture(scope="session")
-def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A running Slurm with four simulated GPUs; its directory holds the daemons' logs."""
+def slurm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A running Slurm with four simulated GPUs, on request with books; its directory holds the daemons' logs."""
     pytest.importorskip("snakemake_executor_plugin_slurm")
     directory = tmp_path_factory.mktemp("slurm") / "node"
     try:
-        one_node.up(directory)
+        one_node.up(directory, books=getattr(request, "param", None) == "books")
     except one_node.SlurmUnavailableError as reason:
         one_node.down(directory)
         pytest.skip(f"no Slurm here: {reason}")

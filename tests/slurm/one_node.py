@@ -1,9 +1,10 @@
 """A real Slurm of one node on this machine, up and down: `python tests/slurm/one_node.py up|down [DIRECTORY]`.
 
 Real daemons, real queue, simulated GPUs: the node offers four GRES devices whose device files are `/dev/null` under
-other names, so that jobs get disjoint `CUDA_VISIBLE_DEVICES` and wait where there are too few. Needs root and
-Debian's packages (`PACKAGES`). The configuration goes to `/etc/slurm`, where jobs look for it too (the executor plugin
-takes `SLURM_CONF` out of their environment); a configuration that this program did not write is never touched.
+other names, so that jobs get disjoint `CUDA_VISIBLE_DEVICES` and wait where there are too few. With books it has an
+accounting database too, and takes no job without an account. Needs root and Debian's packages (`PACKAGES`). The
+configuration goes to `/etc/slurm`, where jobs look for it too (the executor plugin takes `SLURM_CONF` out of their
+environment); a configuration that this program did not write is never touched.
 """
 
 from __future__ import annotations
@@ -17,16 +18,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "squeue", "scontrol", "munged")
+PACKAGES_OF_BOOKS = ("slurmdbd", "mariadb-server-core")
+PROGRAMS_OF_BOOKS = ("slurmdbd", "mariadbd", "mariadb-install-db")
 CONFIGURATION = Path("/etc/slurm")
 MARK = "# Written by tests/slurm/one_node.py of Stillhouse; `one_node.py down` removes it.\n"
 DEFAULT_DIRECTORY = Path(tempfile.gettempdir()) / "stillhouse-slurm"
 GPUS = 4
 NODE = "localhost"
+ACCOUNT = "lab"
 # One node in three partitions, as on a cluster with a queue for GPU jobs and one whose jobs take their place.
 SLURM_CONF = """\
 ClusterName=stillhouse
@@ -41,7 +45,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core_Memory
 SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=1,sched_min_interval=200000,bf_interval=1
-AccountingStorageType=accounting_storage/none
+{accounting}
 JobAcctGatherType=jobacct_gather/none
 JobCompType=jobcomp/none
 JobRequeue=1
@@ -63,6 +67,21 @@ PartitionName=cpu Nodes={node} Default=YES MaxTime=INFINITE State=UP
 PartitionName=gpu Nodes={node} MaxTime=INFINITE State=UP
 PartitionName=urgent Nodes={node} MaxTime=INFINITE State=UP PriorityTier=2
 """
+WITHOUT_BOOKS = "AccountingStorageType=accounting_storage/none"
+WITH_BOOKS = """\
+AccountingStorageType=accounting_storage/slurmdbd
+AccountingStorageHost={node}
+AccountingStorageEnforce=associations
+AccountingStorageTRES=gres/gpu"""
+SLURMDBD_CONF = """\
+AuthType=auth/munge
+DbdHost={node}
+SlurmUser=root
+StorageType=accounting_storage/mysql
+StorageUser=root
+PidFile={directory}/slurmdbd.pid
+LogFile={directory}/slurmdbd.log
+"""
 GRES_CONF = "NodeName={node} Name=gpu File={directory}/devices/gpu[0-{last}]\n"
 # Without this file slurmd looks for cgroups, which containers do not offer.
 CGROUP_CONF = "CgroupPlugin=cgroup/v1\nCgroupAutomount=no\n"
@@ -72,12 +91,12 @@ class SlurmUnavailableError(Exception):
     """Slurm cannot run here; the message says why and what would change that."""
 
 
-def ensure_installed() -> None:
+def ensure_installed(programs: Sequence[str] = PROGRAMS, packages: Sequence[str] = PACKAGES) -> None:
     """Check for root and the programs; where `CI` is set the packages are installed, elsewhere they are named."""
     if sys.platform != "linux" or os.geteuid() != 0:
         raise SlurmUnavailableError("a one-node Slurm needs root on Linux")
-    if missing := [program for program in PROGRAMS if not find(program)]:
-        install = ["apt-get", "install", "-y", "--no-install-recommends", *PACKAGES]
+    if missing := [program for program in programs if not find(program)]:
+        install = ["apt-get", "install", "-y", "--no-install-recommends", *packages]
         if not os.environ.get("CI") or not shutil.which("apt-get"):
             raise SlurmUnavailableError(f"{', '.join(missing)} not installed: {' '.join(install)}")
         environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
@@ -95,19 +114,24 @@ def find(program: str) -> str | None:
     return shutil.which(program, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
 
 
-def up(directory: Path = DEFAULT_DIRECTORY) -> None:
+def up(directory: Path = DEFAULT_DIRECTORY, books: bool = False) -> None:
     """Start munge (unless it runs), the controller and the node, and wait until the node is idle."""
     ensure_installed()
+    if books:
+        ensure_installed(PROGRAMS_OF_BOOKS, PACKAGES_OF_BOOKS)
     down(running_directory() or directory)
     for name in ("state", "spool", "devices"):
         (directory / name).mkdir(parents=True)
     for number in range(GPUS):
         os.mknod(directory / f"devices/gpu{number}", 0o20666, Path("/dev/null").stat().st_rdev)
-    values = {"node": NODE, "directory": directory, "gpus": GPUS, "last": GPUS - 1}
+    accounting = WITH_BOOKS.format(node=NODE) if books else WITHOUT_BOOKS
+    values = {"node": NODE, "directory": directory, "gpus": GPUS, "last": GPUS - 1, "accounting": accounting}
     for name, text in (("slurm", SLURM_CONF), ("gres", GRES_CONF), ("cgroup", CGROUP_CONF)):
         (CONFIGURATION / f"{name}.conf").write_text(MARK + text.format(**values))
     if not answers("munge", "-n"):
         start_munge(directory)
+    if books:
+        start_books(directory)
     run(find("slurmctld") or "slurmctld")
     run(find("slurmd") or "slurmd", "-N", NODE)
     wait_for(lambda: node_state() == "idle", "the node to be idle", directory / "slurmctld.log")
@@ -132,6 +156,27 @@ def start_munge(directory: Path) -> None:
     (directory / "munged.pid").write_text(Path("/run/munge/munged.pid").read_text())
 
 
+def start_books(directory: Path) -> None:
+    """Start the accounting database of a cluster whose root user may charge one account."""
+    files, socket = directory / "books", directory / "books.sock"
+    run("mariadb-install-db", "--no-defaults", "--user=root", f"--datadir={files}", "--skip-test-db")
+    options = ("--no-defaults", "--user=root", "--skip-networking", "--skip-grant-tables")
+    paths = (f"--datadir={files}", f"--socket={socket}", f"--pid-file={directory}/mariadbd.pid")
+    log = directory / "mariadbd.log"
+    with log.open("w") as stream:
+        database = [find("mariadbd") or "mariadbd", *options, *paths]
+        subprocess.Popen(database, stdout=stream, stderr=stream, start_new_session=True)
+    wait_for(socket.exists, "the accounting database", log)
+    conf = CONFIGURATION / "slurmdbd.conf"
+    conf.write_text(MARK + SLURMDBD_CONF.format(node=NODE, directory=directory))
+    conf.chmod(0o600)
+    run("env", f"MYSQL_UNIX_PORT={socket}", find("slurmdbd") or "slurmdbd")
+    wait_for(lambda: answers("sacctmgr", "list", "cluster"), "the books", directory / "slurmdbd.log")
+    run("sacctmgr", "--immediate", "add", "cluster", "stillhouse")
+    run("sacctmgr", "--immediate", "add", "account", ACCOUNT)
+    run("sacctmgr", "--immediate", "add", "user", "root", f"Account={ACCOUNT}")
+
+
 def down(directory: Path | None = None) -> None:
     """Cancel what runs, stop the daemons that `up` started and remove what it wrote."""
     directory = directory or running_directory() or DEFAULT_DIRECTORY
@@ -139,12 +184,12 @@ def down(directory: Path | None = None) -> None:
         subprocess.run(["scancel", "--full", "--signal=KILL", "--state=RUNNING", "--user=root"], capture_output=True)
         subprocess.run(["scancel", "--user=root"], capture_output=True)
         wait_for(lambda: not queue(), "jobs to end", directory / "slurmctld.log")
-    for name in ("slurmd", "slurmctld", "munged"):
+    for name in ("slurmd", "slurmctld", "slurmdbd", "mariadbd", "munged"):
         stop(name, directory / f"{name}.pid")
     for process in of_jobs():
         with contextlib.suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)
-    for name in ("slurm", "gres", "cgroup"):
+    for name in ("slurm", "gres", "cgroup", "slurmdbd"):
         conf = CONFIGURATION / f"{name}.conf"
         if conf.exists() and conf.read_text().startswith(MARK):
             conf.unlink()

@@ -162,7 +162,7 @@ QUEUE = 'squeue --me --format "%i %T %M %R %k"'
 STATUS = 'make status SNAKEMAKE_ARGUMENTS="--configfile config/mine.yaml"'
 TAIL = "tail -f logs/context_distillation/*/students/*/seed_42.log"
 CURVES = "tensorboard --logdir work"
-ACCOUNTS = "sacct --format JobName,Elapsed,AllocTRES,State"
+COST = "sacct --allocations --duplicates --format JobID,Elapsed,AllocTRES%60,State"
 SMALL_FIRST = "snakemake TARGET --workflow-profile profiles/slurm --configfile config/mine.yaml"
 # The page's commands, and what its reader does with each.
 STEPS: tuple[tuple[str, Callable[[Reader, str], object]], ...] = (
@@ -180,7 +180,7 @@ STEPS: tuple[tuple[str, Callable[[Reader, str], object]], ...] = (
     (QUEUE, Reader.loses_the_workflow),
     ("snakemake --unlock", Reader.types),
     (EVERYTHING, Reader.types),
-    (ACCOUNTS, Reader.asks_for_accounts),
+    (COST, Reader.asks_for_accounts),
 )
 
 
@@ -295,5 +295,5 @@ def test_every_group_of_small_jobs_goes_through_slurm_and_fits_a_node_of_eight_p
 
 @on_slurm
 def test_without_an_accounting_database_sacct_says_what_the_page_says(reader: Reader) -> None:
-    [said] = reader.said[ACCOUNTS]
+    [said] = reader.said[COST]
     assert f"`{said.strip()}`" in PAGE
