@@ -110,6 +110,5 @@ def wait(condition: Callable[[], bool], process: subprocess.Popen[bytes], what: 
 
 
 def messages(project: Workflow) -> str:
-    """The end of what snakemake said."""
-    [log] = (project.directory / ".snakemake/log").glob("*.log")
-    return log.read_text()[-5000:]
+    """The end of what snakemake said, the last time it ran."""
+    return max((project.directory / ".snakemake/log").glob("*.log")).read_text()[-5000:]

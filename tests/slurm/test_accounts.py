@@ -18,16 +18,14 @@ from slurm.jobs import (
     messages,
     preempted_by_a_more_urgent_job,
     start_again,
-    states,
-    wait,
 )
 from slurm.test_cluster_page import COST
 from support.workflow import Workflow, make_workflow
 
-SEEDS = (1, 2)
+SEED = 1
 STUDY = {
     "conditions": ["baseline"],
-    "seeds": list(SEEDS),
+    "seeds": [SEED],
     "defaults": {"training": {"steps": 48, "save_every": 48, "resume_every": 1}},
 }
 
@@ -43,33 +41,26 @@ pytestmark = [
 def test_each_attempt_is_charged_to_the_account_and_none_is_taken_for_a_failure(
     slurm: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One training is preempted, one told to end, where the workflow reads its jobs' states in the books."""
+    """A training is preempted, and the workflow reads its jobs' states in the books."""
     project = make_workflow(tmp_path, tiny_model, STUDY)
+    project.run("data", "resources/models/tiny")
     change_profile(project)
     monkeypatch.setenv("STILLHOUSE_FAKE_GPUS", ",".join(f"GPU-{number}" for number in range(one_node.GPUS)))
-    targets = [f"results/{STUDENT.format(seed=seed)}" for seed in SEEDS]
-    process = project.start(*PROFILE, *IMPATIENT, *targets, cores=None)
+    process = project.start(*PROFILE, *IMPATIENT, f"results/{STUDENT.format(seed=SEED)}", cores=None)
     try:
-        students = held_in_training(project, process, SEEDS)
-        preempted = preempted_by_a_more_urgent_job(set(students), process, gpus=one_node.GPUS - 1)
-        [terminated] = set(students) - {preempted}
-        one_node.run("scancel", "--signal=CONT", terminated)
-        one_node.run("scancel", "--signal=TERM", terminated)  # As Slurm does before a job's time is over.
-        wait(lambda: (terminated, "PENDING") in states(), process, f"job {terminated} to save its state and end")
-        for job in (preempted, terminated):
-            start_again(job, process)
+        [job] = held_in_training(project, process, [SEED])
+        preempted_by_a_more_urgent_job({job}, process, gpus=one_node.GPUS)
+        start_again(job, process)
         assert process.wait(600) == 0, messages(project)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-    assert [continued(project, seed) for seed in SEEDS] == [1, 1]
-    for job in students:
-        attempts = [line.split() for line in one_node.run(*COST.split()).splitlines() if line.split()[0] == job]
-        assert [state for _, _, _, state in attempts] == ["REQUEUED", "COMPLETED"]
-        assert all("gres/gpu=1," in resources for _, _, resources, _ in attempts)
-        assert one_node.run("sacct", "--allocations", "--noheader", "--format=Account", f"--jobs={job}").split() == [
-            one_node.ACCOUNT
-        ]
+    assert continued(project, SEED) == 1
+    attempts = [line.split() for line in one_node.run(*COST.split()).splitlines() if line.split()[0] == job]
+    assert [state for _, _, _, state in attempts] == ["REQUEUED", "COMPLETED"]
+    assert all("gres/gpu=1," in resources for _, _, resources, _ in attempts)
+    accounts = one_node.run("sacct", "--allocations", "--noheader", "--format=Account", f"--jobs={job}")
+    assert accounts.split() == [one_node.ACCOUNT]
 
 
 def change_profile(project: Workflow) -> None:
