@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from support.fake_slurm import CANCELLED, GRACE, PREEMPTED, RUNNING, FakeSlurm
 
-from stillhouse.runtime.scheduler import REQUEUE_VARIABLE, requeue_interrupted_job, requeue_preempted_job
+from stillhouse.runtime.scheduler import REQUEUE_VARIABLE, requeue_interrupted_job, requeue_preempted_job, slurm_job
 
 
 @pytest.fixture
@@ -63,3 +63,11 @@ def test_the_request_outlives_a_repeated_sigterm(slurm: FakeSlurm) -> None:
     step = "from stillhouse.runtime.scheduler import requeue_interrupted_job as ask; ask()"
     done = subprocess.run([sys.executable, "-c", step], check=True, capture_output=True, text=True)
     assert (slurm.program.parent / "scontrol.outlived").exists(), done.stderr
+
+
+def test_the_record_says_how_often_slurm_started_the_job_again(slurm: FakeSlurm) -> None:
+    """Slurm is asked: the executor takes the variable that would say so out of a step's environment."""
+    slurm.knows(f"{RUNNING} Restarts=2")
+    assert slurm_job()["restarts"] == "2"
+    slurm.program.write_text("#!/bin/sh\nexit 1\n")
+    assert slurm_job()["restarts"] is None

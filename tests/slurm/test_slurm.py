@@ -110,7 +110,7 @@ def test_every_disturbed_training_goes_on_from_its_last_state(disturbed: Disturb
     project, students = disturbed.project, disturbed.students
     put_back = {disturbed.lost: 2, disturbed.terminated: 1, disturbed.preempted: 1}
     assert {(disturbed.cancelled, "CANCELLED"), *((job, "COMPLETED") for job in put_back)} <= states()
-    attempts = {}
+    attempts, restarts = {}, {}
     for seed in SEEDS:
         record = student(project, seed, "run.json")
         assert record["training"]["resumed_from"] > 0
@@ -118,9 +118,11 @@ def test_every_disturbed_training_goes_on_from_its_last_state(disturbed: Disturb
         assert record["scheduler"]["partition"] == "gpu"
         assert record["visible_devices"] in {str(number) for number in range(one_node.GPUS)}
         attempts[seed] = record["scheduler"]["slurm_job_id"]
+        restarts[seed] = record["scheduler"]["restarts"]
     for job, times in put_back.items():
         assert attempts[students[job]] == job, f"Slurm did not start job {job} again itself"
         assert continued(project, students[job]) == times, f"job {job} did not append to its log"
+        assert int(restarts[students[job]]) >= times
     again = attempts[students[disturbed.cancelled]]
     assert again != disturbed.cancelled, f"job {disturbed.cancelled} was not submitted again"
     assert [log.stem for log in job_logs(project, students[disturbed.cancelled])] == [disturbed.cancelled, again]

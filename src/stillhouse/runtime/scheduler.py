@@ -19,12 +19,17 @@ SECONDS_TO_ANSWER = 20
 
 
 def slurm_job() -> dict[str, str | None]:
-    """The Slurm job that the run is part of, its node and how often Slurm itself started it again."""
+    """The Slurm job that the run is part of, its node, and how often Slurm started it again (None: it does not say)."""
+    number = os.environ["SLURM_JOB_ID"]
+    try:
+        restarts = _shown(number).get("Restarts")
+    except (OSError, subprocess.SubprocessError):
+        restarts = None
     return {
-        "slurm_job_id": os.environ["SLURM_JOB_ID"],
+        "slurm_job_id": number,
         "node": os.environ.get("SLURMD_NODENAME"),
         "partition": os.environ.get("SLURM_JOB_PARTITION"),
-        "restarts": os.environ.get("SLURM_RESTART_COUNT", "0"),
+        "restarts": restarts,
     }
 
 
@@ -48,8 +53,7 @@ def _requeue(wanted: Callable[[dict[str, str]], bool]) -> bool:
     if not number or REQUEUE_VARIABLE not in os.environ:
         return False
     try:
-        job = dict(re.findall(r"(\w+)=(\S+)", _scontrol("show", "job", number)))
-        if not wanted(job):
+        if not wanted(_shown(number)):
             return False
         _scontrol("requeue", number)
     except subprocess.CalledProcessError as error:
@@ -60,6 +64,11 @@ def _requeue(wanted: Callable[[dict[str, str]], bool]) -> bool:
         logger.warning("job %s goes back into Slurm's queue and will go on from there", number)
         return True
     return False
+
+
+def _shown(number: str) -> dict[str, str]:
+    """What Slurm says of a job, by name."""
+    return dict(re.findall(r"(\w+)=(\S+)", _scontrol("show", "job", number)))
 
 
 def _scontrol(*arguments: str) -> str:
